@@ -1,0 +1,84 @@
+"""Which class implements which architecture, imported when it is asked for."""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from importlib import import_module
+from typing import Any
+
+_MODELS = "nemo_automodel.components.models"
+
+MODEL_ARCH_MAPPING: OrderedDict[str, tuple[Any, ...]] = OrderedDict(
+    [
+        ("LlamaForCausalLM", (f"{_MODELS}.llama.model", "LlamaForCausalLM")),
+        (
+            "LlamaForSequenceClassification",
+            (f"{_MODELS}.llama.model", "LlamaForSequenceClassification", {"retrieval"}),
+        ),
+        ("Qwen2ForCausalLM", (f"{_MODELS}.qwen2.model", "Qwen2ForCausalLM")),
+        (
+            "Qwen2ForSequenceClassification",
+            (f"{_MODELS}.qwen2.model", "Qwen2ForSequenceClassification", {"retrieval"}),
+        ),
+    ]
+)
+"""Architecture (as in ``config.json``) -> ``(module_path, class_name)`` or ``(module_path, class_name, tags)``.
+
+Tags say what else an architecture is for: ``retrieval`` marks those that score a text, as rerankers do.
+"""
+
+_registered_classes: dict[str, type] = {}
+
+
+def register(
+    architecture: str, model: type | str, *, tags: Collection[str] = (), exist_ok: bool = False
+) -> None:
+    """Add an architecture from outside the package.
+
+    Args:
+        architecture: the name in ``config.json``'s ``architectures``.
+        model: the class, or the path of a module whose ``ModelClass`` it is (imported when first asked for).
+        tags: what else it is for.
+        exist_ok: replace an architecture that is registered already.
+
+    Raises:
+        ValueError: the architecture is registered already.
+    """
+    if architecture in MODEL_ARCH_MAPPING and not exist_ok:
+        raise ValueError(f"{architecture} is registered already; pass exist_ok=True to replace it")
+    _registered_classes.pop(architecture, None)
+    if isinstance(model, str):
+        MODEL_ARCH_MAPPING[architecture] = (model, "ModelClass", set(tags))
+    else:
+        MODEL_ARCH_MAPPING[architecture] = (model.__module__, model.__qualname__, set(tags))
+        _registered_classes[architecture] = model
+
+
+def resolve(architecture: str) -> type | None:
+    """The class that implements ``architecture``, None when none is registered.
+
+    Raises:
+        ImportError: the registered module cannot be imported, or has no such class.
+    """
+    if architecture not in MODEL_ARCH_MAPPING:
+        return None
+    if architecture in _registered_classes:
+        return _registered_classes[architecture]
+    module_path, class_name = MODEL_ARCH_MAPPING[architecture][:2]
+    try:
+        return getattr(import_module(module_path), class_name)
+    except AttributeError as error:
+        raise ImportError(f"{architecture} is registered as {module_path}.{class_name}, which does not exist") from error
+
+
+def tags(architecture: str) -> frozenset[str]:
+    """The tags of a registered architecture (empty where it has none).
+
+    Raises:
+        KeyError: the architecture is not registered.
+    """
+    return frozenset(*MODEL_ARCH_MAPPING[architecture][2:])
+
+
+def architectures(tag: str | None = None) -> list[str]:
+    """The registered architectures, or those with ``tag``."""
+    return [name for name in MODEL_ARCH_MAPPING if tag is None or tag in tags(name)]

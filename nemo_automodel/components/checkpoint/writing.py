@@ -1,0 +1,132 @@
+"""Write safetensors shards with bounded memory, and publish them so that a save is complete or invisible."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_automodel.components.checkpoint.reading import INDEX, SINGLE
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: int | str = "5GB") -> None:
+    """Write ``model.safetensors``, or shards and their index, into ``folder``.
+
+    At most one shard and one tensor are held on the host at a time.
+
+    Args:
+        folder: exists and holds no weights yet.
+        tensors: names and values, in the order they are written.
+        max_shard_size: bytes, or text such as ``"5GB"``; a larger tensor gets a shard of its own.
+
+    Raises:
+        ValueError: a ``max_shard_size`` that is not a size.
+    """
+    limit = parse_size(max_shard_size)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_size = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_size + size > limit:
+            flush()
+            pending_size = 0
+        pending[name] = tensor.detach().to("cpu").contiguous()
+        pending_size += size
+        total += size
+    flush()
+
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / SINGLE)
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (folder / f"shard-{i}").rename(folder / name)
+    weight_map = {key: name for keys, name in zip(shards, names, strict=True) for key in keys}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def publish_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a hidden folder aside, then publish it as ``folder``.
+
+    A new ``folder`` appears by one rename, complete. Into an existing one the files move one by one, weights before
+    their index and config, and weights of an earlier save that the new one did not overwrite are removed; its other
+    files (a tokenizer, notes) stay. When ``write`` fails, ``folder`` is as it was.
+
+    Raises:
+        NotADirectoryError: ``folder`` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give a folder to save into")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".{folder.name}.incomplete-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        write(aside)
+        _sync(aside)
+        if not folder.exists():
+            aside.rename(folder)
+        else:
+            _move_into(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync_path(folder.parent)
+    return folder
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``5_000_000`` or ``"5MB"`` (decimal units, as Hugging Face counts them).
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+)\s*([KMGT]B)", size.strip().upper())
+    if match is None:
+        raise ValueError(f"size {size!r} is neither a number of bytes nor like '5GB'")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _move_into(aside: Path, folder: Path) -> None:
+    new = {file.name for file in aside.iterdir()}
+    if weights := {name for name in new if _is_weights(name)}:
+        stale = [file for file in folder.iterdir() if _is_weights(file.name) and file.name not in weights]
+    else:
+        stale = []
+    for name in sorted(new, key=lambda name: (name.endswith(".json"), name)):
+        os.replace(aside / name, folder / name)
+    for file in stale:
+        file.unlink()
+
+
+def _is_weights(name: str) -> bool:
+    return name == INDEX or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name) is not None
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

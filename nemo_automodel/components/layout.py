@@ -1,0 +1,148 @@
+"""How fused parameters hold the rows of Hugging Face's separate ones: the one table, with each permutation's inverse.
+
+Every piece of code that moves weights (state-dict adapters, the loader, the exporter, LoRA) reads these rules, so no
+second copy of a layout exists. Both layouts of the library are one pattern, "take ``blocks[i]`` rows of part ``i`` in
+turn until the parts are used up":
+
+* ``qkv_proj``: ``blocks = (group_size * head_dim, head_dim, head_dim)`` gives ``[Q_group | K | V]`` per KV head;
+* ``gate_up_proj``: ``blocks = (1, 1)`` gives ``gate_0, up_0, gate_1, up_1, ...``.
+
+The number of groups is read off the tensor's shape, so the same rule serves a whole parameter and a tensor-parallel
+shard of it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """One fused projection and the projections whose rows it holds.
+
+    Attributes:
+        fused: module name of the fused projection, such as ``"qkv_proj"``.
+        parts: module names of the separate projections, in the order of their blocks.
+        blocks: rows taken from each part in turn; ``sum(blocks)`` rows make one group.
+    """
+
+    fused: str
+    parts: tuple[str, ...]
+    blocks: tuple[int, ...]
+
+    @property
+    def group(self) -> int:
+        """Rows of one group of the fused projection."""
+        return sum(self.blocks)
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        """Interleave the parts' rows: tensors ``[groups * blocks[i], ...]`` -> ``[groups * group, ...]``.
+
+        Raises:
+            ValueError: when the parts do not hold the same whole number of groups.
+        """
+        groups = {self._groups(part, block) for part, block in zip(parts, self.blocks, strict=True)}
+        if len(groups) != 1 or None in groups:
+            rows = ", ".join(f"{name} {part.shape[0]}" for name, part in zip(self.parts, parts, strict=True))
+            raise ValueError(f"{self.fused} takes rows in blocks of {self.blocks} from {self.parts}; got rows: {rows}")
+        grouped = [part.unflatten(0, (-1, block)) for part, block in zip(parts, self.blocks, strict=True)]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, fused: Tensor, dim: int = 0) -> list[Tensor]:
+        """The inverse of `fuse`, along ``dim`` (0 for weights, -1 for the projection's output).
+
+        Raises:
+            ValueError: when ``fused`` does not hold a whole number of groups.
+        """
+        size = fused.shape[dim]
+        if size % self.group:
+            raise ValueError(f"{self.fused}: {size} rows are not a whole number of groups of {self.group}")
+        dim = dim % fused.ndim
+        grouped = fused.unflatten(dim, (size // self.group, self.group))
+        return [part.flatten(dim, dim + 1) for part in grouped.split(self.blocks, dim + 1)]
+
+    def part_view(self, fused: Tensor, part: str) -> Tensor:
+        """The rows of ``part`` inside ``fused``, as a writable view ``[groups, block, ...]``."""
+        index = self.parts.index(part)
+        start = sum(self.blocks[:index])
+        return fused.unflatten(0, (-1, self.group))[:, start : start + self.blocks[index]]
+
+    def write_part(self, fused: Tensor, part: str, value: Tensor) -> None:
+        """Copy ``value``, the separate projection's tensor, into its rows of ``fused`` (casting to its dtype)."""
+        view = self.part_view(fused, part)
+        view.copy_(value.unflatten(0, view.shape[:2]))
+
+    def part_shape(self, fused: Sequence[int], part: str) -> tuple[int, ...]:
+        """Shape of the separate projection's tensor, given the fused one's."""
+        block = self.blocks[self.parts.index(part)]
+        return (fused[0] // self.group * block, *fused[1:])
+
+    @staticmethod
+    def _groups(part: Tensor, block: int) -> int | None:
+        return None if part.shape[0] % block else part.shape[0] // block
+
+
+@dataclass(frozen=True)
+class PartKey:
+    """Where a Hugging Face key lives: rows of ``part`` inside the own parameter ``own`` (``fusion`` None: the whole)."""
+
+    own: str
+    part: str = ""
+    fusion: Fusion | None = None
+
+
+class Layout:
+    """A model's table of fusions, and the key names on both sides."""
+
+    def __init__(self, fusions: Sequence[Fusion]):
+        self.fusions = tuple(fusions)
+        self._by_part = {part: fusion for fusion in fusions for part in fusion.parts}
+        self._by_fused = {fusion.fused: fusion for fusion in fusions}
+        names = "|".join(re.escape(name) for name in (*self._by_part, *self._by_fused))
+        # The last module name in a key decides: "model.layers.0.self_attn.q_proj" + ".lora_A.default.weight"
+        self._split = re.compile(rf"^(?P<prefix>(?:.*\.)?)(?P<module>{names})(?P<tail>(?:\..*)?)$")
+
+    def locate(self, hf_key: str) -> PartKey:
+        """Which own parameter holds the tensor called ``hf_key`` in a Hugging Face checkpoint."""
+        match = self._split.match(hf_key)
+        fusion = self._by_part.get(match["module"]) if match else None
+        if match is None or fusion is None:
+            return PartKey(own=hf_key)
+        return PartKey(match["prefix"] + fusion.fused + match["tail"], match["module"], fusion)
+
+    def hf_keys(self, own_key: str) -> dict[str, PartKey]:
+        """The Hugging Face keys whose tensors make up the own parameter ``own_key``, in block order."""
+        match = self._split.match(own_key)
+        fusion = self._by_fused.get(match["module"]) if match else None
+        if match is None or fusion is None:
+            return {own_key: PartKey(own=own_key)}
+        return {f"{match['prefix']}{part}{match['tail']}": PartKey(own_key, part, fusion) for part in fusion.parts}
+
+    def fusion_of(self, module_name: str) -> Fusion | None:
+        """The fusion of a module such as ``"model.layers.0.mlp.gate_up_proj"``, None for any other module."""
+        return self._by_fused.get(module_name.rpartition(".")[2])
+
+
+def qkv_fusion(num_attention_heads: int, num_key_value_heads: int, head_dim: int) -> Fusion:
+    """Rows of ``qkv_proj``, grouped by KV head: ``[Q_group | K | V]`` per group.
+
+    Raises:
+        ValueError: when the query heads do not divide into the KV heads.
+    """
+    if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads={num_attention_heads} is not a multiple of num_key_value_heads={num_key_value_heads}"
+        )
+    group_size = num_attention_heads // num_key_value_heads
+    return Fusion(
+        fused="qkv_proj",
+        parts=("q_proj", "k_proj", "v_proj"),
+        blocks=(group_size * head_dim, head_dim, head_dim),
+    )
+
+
+GATE_UP = Fusion(fused="gate_up_proj", parts=("gate_proj", "up_proj"), blocks=(1, 1))
+"""Rows of ``gate_up_proj``: ``gate_0, up_0, gate_1, up_1, ...``."""

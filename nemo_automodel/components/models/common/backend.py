@@ -1,0 +1,159 @@
+"""Which implementation serves attention, linear layers, norms and RoPE, chosen by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from nemo_automodel.components.models.common.norm import RMSNorm
+
+_TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "attn": ("sdpa", "te", "flex"),
+    "linear": ("torch", "te"),
+    "rms_norm": ("torch", "torch_fp32", "te"),
+    "rope_fusion": (False, True),
+}
+
+ATTN_IMPLEMENTATION = {"sdpa": "sdpa", "flex": "flex_attention"}
+"""`BackendConfig.attn` -> transformers' name of the attention implementation."""
+
+
+@dataclass(kw_only=True)
+class BackendConfig:
+    """Which implementation a model uses, field by field.
+
+    Attributes:
+        attn: attention, ``"sdpa"`` (torch), ``"flex"`` (torch flex attention) or ``"te"`` (Transformer Engine).
+            An ``attn_implementation`` given to ``from_pretrained`` decides before this field does.
+        linear: what `initialize_linear_module` builds, ``"torch"`` or ``"te"``.
+        rms_norm: what `initialize_rms_norm_module` builds: ``"torch"`` (statistics in fp32, one cast at the end),
+            ``"torch_fp32"`` (the weight, too, is multiplied in fp32) or ``"te"``.
+        rope_fusion: use a fused RoPE kernel (needs Transformer Engine).
+
+    Raises:
+        ValueError: a value that is not one of the above; the message names the field.
+        ImportError: the chosen backend's package is not installed; the message has the install line.
+    """
+
+    attn: str = "sdpa"
+    linear: str = "torch"
+    rms_norm: str = "torch"
+    rope_fusion: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
+                raise ValueError(f"backend.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        wants_te = [f"backend.{name}='te'" for name in ("attn", "linear", "rms_norm") if getattr(self, name) == "te"]
+        if self.rope_fusion:
+            wants_te.append("backend.rope_fusion=True")
+        if wants_te and find_spec("transformer_engine") is None:
+            raise ImportError(
+                f"{wants_te[0]} needs Transformer Engine, which is not installed: {_TE_INSTALL}, or choose "
+                "another backend"
+            )
+        if self.attn == "te" or self.rope_fusion:
+            raise ValueError(
+                f"{wants_te[0]}: Transformer Engine's attention and RoPE are not wired in this version; "
+                "use backend.attn='sdpa' or 'flex', and backend.rope_fusion=False"
+            )
+
+    @classmethod
+    def of(cls, value: "BackendConfig | Mapping[str, Any] | None") -> Self:
+        """A `BackendConfig` from one, from a dict (as YAML gives it) or from None (the defaults).
+
+        Raises:
+            ValueError: an unknown field, by name.
+            TypeError: any other type of value.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(f"backend must be a BackendConfig or a dict, not {type(value).__name__}")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(value) - known):
+            raise ValueError(f"backend.{unknown[0]} is not a field of BackendConfig: {', '.join(sorted(known))}")
+        return cls(**value)
+
+    def apply_to(self, config: Any, attn_implementation: str | None = None) -> Self:
+        """Write the attention implementation into a transformers config; one that it names yields to a non-default.
+
+        Args:
+            config: a ``PreTrainedConfig``; changed in place.
+            attn_implementation: transformers' name of one; decides before ``attn`` and before the config.
+        """
+        if attn_implementation or self.attn != "sdpa" or config._attn_implementation is None:
+            config._attn_implementation = attn_implementation or ATTN_IMPLEMENTATION[self.attn]
+        return self
+
+
+def initialize_rms_norm_module(
+    rms_norm_impl: str,
+    dim: int,
+    eps: float = 1e-5,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """An RMSNorm over the last dimension.
+
+    Args:
+        rms_norm_impl: ``"torch"``, ``"torch_fp32"`` or ``"te"`` (see `BackendConfig`).
+        dim: size of the last dimension; the weight has shape ``[dim]`` and starts at one.
+        eps: added to the mean square.
+        device: where the weight lives (default: torch's current default device).
+        dtype: the weight's dtype (default: torch's default dtype).
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    if rms_norm_impl == "te":
+        from transformer_engine.pytorch import RMSNorm as TERMSNorm
+
+        return TERMSNorm(dim, eps=eps, device=device or "cuda", dtype=dtype or torch.get_default_dtype())
+    if rms_norm_impl not in CHOICES["rms_norm"]:
+        raise ValueError(f"rms_norm_impl={rms_norm_impl!r} is not one of {CHOICES['rms_norm']}")
+    return RMSNorm(dim, eps=eps, fp32=rms_norm_impl == "torch_fp32", device=device, dtype=dtype)
+
+
+def initialize_linear_module(
+    linear_impl: str,
+    in_features: int,
+    out_features: int,
+    bias: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A linear layer ``[..., in_features] -> [..., out_features]``.
+
+    Args:
+        linear_impl: ``"torch"`` or ``"te"`` (see `BackendConfig`).
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        bias: whether to add a bias.
+        device: where the parameters live (default: torch's current default device).
+        dtype: the parameters' dtype (default: torch's default dtype).
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    if linear_impl == "te":
+        from transformer_engine.pytorch import Linear as TELinear
+
+        return TELinear(
+            in_features,
+            out_features,
+            bias=bias,
+            device=device or "cuda",
+            params_dtype=dtype or torch.get_default_dtype(),
+        )
+    if linear_impl not in CHOICES["linear"]:
+        raise ValueError(f"linear_impl={linear_impl!r} is not one of {CHOICES['linear']}")
+    return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)

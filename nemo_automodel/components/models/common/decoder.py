@@ -1,0 +1,299 @@
+"""The dense decoder, written once: layer, backbone, causal-LM and sequence-classification heads.
+
+A family (``components/models/<name>/model.py``) gives a config class and a `DecoderSpec`; everything else is here.
+Shapes: B batch, S sequence, V vocabulary.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from nemo_automodel.components.models.common.attention import DecoderAttention
+from nemo_automodel.components.models.common.backend import BackendConfig, initialize_rms_norm_module
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    CombinedProjectionStateDictAdapter,
+)
+from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
+from nemo_automodel.components.models.common.rope import RotaryEmbedding
+from nemo_automodel.components.models.common.spec import DecoderSpec
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+"""Layer type -> the function of transformers that makes its attention mask (and finds packed documents)."""
+
+LAYER_TP_PLAN = {
+    "layers.*.self_attn.qkv_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_up_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each between its norms, each added to the residual stream."""
+
+    def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, layer_idx: int, backend: BackendConfig):
+        super().__init__()
+        self.self_attn = DecoderAttention(config, spec, layer_idx, backend)
+        self.mlp = spec.mlp(config)
+        self.norms = spec.norms
+        self.residual_multiplier = spec.residual_multiplier
+        for name in (self.norms.before_attention, self.norms.after_attention, self.norms.before_mlp, self.norms.after_mlp):
+            if name is not None:
+                norm = initialize_rms_norm_module(backend.rms_norm, config.hidden_size, eps=spec.norm_eps)
+                self.add_module(name, norm)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``[B, S, hidden] -> [B, S, hidden]``."""
+        attended, _ = self.self_attn(
+            hidden_states=self._norm(self.norms.before_attention, hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self._scaled(self._norm(self.norms.after_attention, attended))
+        fed_forward = self.mlp(self._norm(self.norms.before_mlp, hidden_states))
+        return hidden_states + self._scaled(self._norm(self.norms.after_mlp, fed_forward))
+
+    def _norm(self, name: str | None, hidden_states: Tensor) -> Tensor:
+        return hidden_states if name is None else self._modules[name](hidden_states)
+
+    def _scaled(self, branch: Tensor) -> Tensor:
+        return branch if self.residual_multiplier == 1.0 else branch * self.residual_multiplier
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know about every dense family.
+
+    A family sets ``config_class``, `decoder_spec` and, where its checkpoints need another one, ``adapter_class``.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    adapter_class: ClassVar[type[CombinedProjectionStateDictAdapter]] = CombinedProjectionStateDictAdapter
+    _no_split_modules: ClassVar[Any] = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[Any] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[Any] = {"hidden_states": DecoderLayer, "attentions": DecoderAttention}
+
+    @staticmethod
+    def decoder_spec(config: PreTrainedConfig) -> DecoderSpec:
+        """The family's differences, read from its config."""
+        raise TypeError("a family of the common decoder defines decoder_spec(config)")
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """Embeddings, layers, final norm and RoPE."""
+
+    def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, backend: BackendConfig):
+        super().__init__(config)
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, spec, layer_idx, backend) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = initialize_rms_norm_module(backend.rms_norm, config.hidden_size, eps=spec.norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def init_parallel_plans(self) -> None:
+        # transformers would copy the config's plan, which names the separate projections that do not exist here
+        super().init_parallel_plans()
+        modules = {name.replace("layers.0.", "layers.*.") for name, _ in self.layers.named_modules(prefix="layers")}
+        self._tp_plan = {name: style for name, style in LAYER_TP_PLAN.items() if name in modules}
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states ``[B, S, hidden]`` after the final norm.
+
+        Args:
+            input_ids: ``[B, S]``; exactly one of this and ``inputs_embeds``.
+            attention_mask: ``[B, S]``, 0 at padding; or masks ready made, 4-D or one per layer type.
+            position_ids: ``[B, S]``; positions that start again inside a row mark packed documents, which then do
+                not see each other (give no ``attention_mask`` in that case).
+            past_key_values: cache to read and extend.
+            inputs_embeds: ``[B, S, hidden]``.
+            use_cache: whether to make a cache where none was given.
+            **kwargs: for the attention implementation, and ``output_hidden_states`` and the like.
+
+        Raises:
+            ValueError: both or none of ``input_ids`` and ``inputs_embeds``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
+
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = {
+                layer_type: MASKS[layer_type](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for layer_type in sorted(set(self.spec.layer_types))
+            }
+        hidden_states = inputs_embeds
+        if self.spec.embedding_multiplier != 1.0:
+            hidden_states = hidden_states * self.spec.embedding_multiplier
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.spec.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, GenerationMixin):
+    """The backbone with a language-model head.
+
+    Args:
+        config: the family's config.
+        backend: a `BackendConfig`, its fields as a dict, or None for the defaults.
+    """
+
+    def __init__(self, config: PreTrainedConfig, backend: BackendConfig | dict[str, Any] | None = None):
+        backend = BackendConfig.of(backend).apply_to(config)
+        super().__init__(config)
+        self.backend = backend
+        self.model = DecoderModel(config, self.decoder_spec(config), self.backend)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.state_dict_adapter = self.adapter_class(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, S, V]`` and, given labels, the next-token loss.
+
+        Args:
+            input_ids: as for the backbone.
+            attention_mask: as for the backbone.
+            position_ids: as for the backbone.
+            past_key_values: as for the backbone.
+            inputs_embeds: as for the backbone.
+            labels: ``[B, S]``, -100 where nothing is to be predicted; shifted inside.
+            use_cache: as for the backbone.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for the positions in a
+                1-D index tensor.
+            **kwargs: for the backbone and, such as ``num_items_in_batch``, for the loss.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        if self.model.spec.logits_multiplier != 1.0:
+            logits = logits * self.model.spec.logits_multiplier
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DecoderForSequenceClassification(HFCheckpointingMixin, GenericForSequenceClassification, DecoderPreTrainedModel):
+    """The backbone with a linear score on the last token that is not padding (a classifier, or a reranker).
+
+    Args:
+        config: the family's config, with ``num_labels``.
+        backend: a `BackendConfig`, its fields as a dict, or None for the defaults.
+    """
+
+    _keys_to_ignore_on_load_missing: ClassVar[Any] = [r"^score\.weight$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[Any] = [r"^lm_head\.weight$"]
+
+    def __init__(self, config: PreTrainedConfig, backend: BackendConfig | dict[str, Any] | None = None):
+        backend = BackendConfig.of(backend).apply_to(config)
+        # not GenericForSequenceClassification's, which would build transformers' own backbone
+        DecoderPreTrainedModel.__init__(self, config)
+        self.backend = backend
+        self.num_labels = config.num_labels
+        self.model = DecoderModel(config, self.decoder_spec(config), self.backend)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.state_dict_adapter = self.adapter_class(config)
+        self.post_init()

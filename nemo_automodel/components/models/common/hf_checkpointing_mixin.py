@@ -1,0 +1,294 @@
+"""Hugging Face checkpoints in and out of models that hold fused parameters."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+
+from nemo_automodel.components.checkpoint import (
+    CheckpointError,
+    SafetensorsReader,
+    load_parameters,
+    publish_folder,
+    write_shards,
+)
+from nemo_automodel.components.checkpoint.loading import assign
+from nemo_automodel.components.models.common.backend import BackendConfig
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    CombinedProjectionStateDictAdapter,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+# Llama checkpoints of 2023 carry RoPE tables, which are always computed from the config here
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$",)
+
+
+class HFCheckpointingMixin(_Base):
+    """``from_pretrained``, ``save_pretrained`` and ``load_state_dict`` for a model with a ``state_dict_adapter``.
+
+    Inherit it before the model's ``PreTrainedModel`` base. Checkpoints on disk always have Hugging Face's names and
+    shapes; the model's own ``state_dict()`` has the fused ones.
+    """
+
+    state_dict_adapter: CombinedProjectionStateDictAdapter
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, backend: BackendConfig | Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Self:
+        """A model with random weights, on torch's current default device, in its default dtype."""
+        return cls(config, backend, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: PreTrainedConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        backend: BackendConfig | Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        **kwargs: Any,
+    ) -> Self:
+        """Load a Hugging Face checkpoint, in evaluation mode.
+
+        The model is built on the meta device and filled tensor by tensor, so the host holds the weights plus a few
+        tensors at most.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or a Hub id where a hub can be reached.
+            config: instead of the checkpoint's own.
+            dtype: of the parameters: a `torch.dtype`, its name, or None/"auto" for the checkpoint's own.
+            torch_dtype: the older name of ``dtype``.
+            attn_implementation: ``"eager"``, ``"sdpa"``, ``"flex_attention"`` or any name registered with
+                transformers' attention interface; default: what ``backend.attn`` says.
+            backend: a `BackendConfig` or its fields as a dict.
+            device: where the parameters go.
+            **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the Hub; any other name must be
+                a field of the config, which it overrides.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged, or does not fit the config; nothing was built.
+            TypeError: an option that is neither known nor a field of the config.
+        """
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        folder = fetch(pretrained_model_name_or_path, **hub)
+        if config is None:
+            config, unused = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+            if unused:
+                raise TypeError(f"{cls.__name__}.from_pretrained got an unknown option {next(iter(unused))!r}")
+        if getattr(config, "quantization_config", None):
+            raise CheckpointError(f"{folder}: config.json has a quantization_config; quantized weights are not read")
+        reader = SafetensorsReader(folder)
+        backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
+        dtype = resolve_dtype(dtype if dtype is not None else torch_dtype, config, reader)
+        model = cls._on_meta(config, backend, dtype)
+        model._fill(reader, dtype, device)
+        model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
+        if model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write a plain Hugging Face checkpoint: safetensors with Hugging Face's names, config, generation config.
+
+        A tied head is left out. See `publish_folder` for what a failed or interrupted save leaves behind.
+
+        Args:
+            save_directory: the folder; created, or its weights replaced.
+            is_main_process: False writes nothing.
+            state_dict: own state dict to write instead of the model's.
+            max_shard_size: bytes or text such as ``"5GB"``.
+            **kwargs: transformers' other options, accepted where they change nothing here.
+
+        Raises:
+            TypeError: an option that would change what is written.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
+            return
+        harmless = {"safe_serialization", "token", "save_peft_format", "save_original_format"}
+        if unknown := [name for name, value in kwargs.items() if name not in harmless and value]:
+            raise TypeError(f"save_pretrained does not take {unknown[0]!r} (to upload: model.push_to_hub(repo))")
+        if not is_main_process:
+            return
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        for target, source in self.all_tied_weights_keys.items():
+            # whether the head is tied is read off the parameters themselves, not off the config
+            if self.get_parameter(target) is self.get_parameter(source):
+                state.pop(target, None)
+
+        def write(folder: Path) -> None:
+            self.config.dtype = self.dtype
+            self.config.architectures = [type(self).__name__.removeprefix("FSDP")]
+            self.config.save_pretrained(folder)
+            if self.can_generate():
+                self.generation_config.save_pretrained(folder)
+            write_shards(folder, self._hf_tensors(state), max_shard_size)
+
+        publish_folder(save_directory, write)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load own names, or Hugging Face's: the rows of ``q_proj`` and the like go to their place in the fused one.
+
+        Tools that reload a saved folder (transformers' Trainer, for one) pass Hugging Face's names, shard by shard
+        with ``strict=False``; without this they would be dropped with a warning.
+        """
+        layout = self.state_dict_adapter.layout
+        if not any(layout.locate(key).fusion for key in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if strict:
+            return super().load_state_dict(self.state_dict_adapter.from_hf(state_dict), strict=True, assign=assign)
+        current, own = self.state_dict(), {}
+        for key, value in state_dict.items():
+            place = layout.locate(key)
+            if place.fusion is None or place.own not in current:
+                own[key] = value
+            else:
+                fused = own.setdefault(place.own, current[place.own].clone())
+                place.fusion.write_part(fused, place.part, value)
+        return super().load_state_dict(own, strict=False, assign=assign)
+
+    @classmethod
+    def _on_meta(cls, config: PreTrainedConfig, backend: BackendConfig, dtype: torch.dtype) -> Self:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                return cls.from_config(config, backend=backend)
+        finally:
+            torch.set_default_dtype(before)
+
+    def _fill(self, reader: SafetensorsReader, dtype: torch.dtype, device: torch.device | str) -> None:
+        if _overrides(self.state_dict_adapter, "from_hf"):
+            missing = self._fill_through_from_hf(reader, dtype, device)
+        else:
+            missing = load_parameters(
+                self,
+                reader,
+                self.state_dict_adapter.layout,
+                dtype=dtype,
+                device=device,
+                tied=self.all_tied_weights_keys,
+                may_miss=self._keys_to_ignore_on_load_missing or (),
+                may_ignore=(*(self._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS),
+            )
+        self.tie_weights(missing_keys=missing, recompute_mapping=False)
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if tensor.is_meta:
+                assign(self, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+                self._init_weights(self.get_submodule(name.rpartition(".")[0]))
+                logger.warning("%s is not in %s: initialized at random, to be trained", name, reader.path)
+        self._rebuild_buffers(device)
+
+    def _fill_through_from_hf(
+        self, reader: SafetensorsReader, dtype: torch.dtype, device: torch.device | str
+    ) -> set[str]:
+        """For adapters that override ``from_hf``: the whole state dict passes through it at once."""
+        state = self.state_dict_adapter.from_hf({key: reader.read(key) for key in reader})
+        own = self.state_dict(keep_vars=True)
+        problems = [f"{key}: not used by this model" for key in state if key not in own]
+        problems += [
+            f"{key}: shape {list(value.shape)} where the config asks for {list(own[key].shape)}"
+            for key, value in state.items()
+            if key in own and value.shape != own[key].shape
+        ]
+        tied = self.all_tied_weights_keys
+        missing = {key for key in own if key not in state}
+        problems += [f"{key}: missing" for key in sorted(missing) if key not in tied]
+        if problems:
+            raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(problems[:8]))
+        for key, value in state.items():
+            assign(self, key, value.to(device, dtype if value.is_floating_point() else value.dtype))
+        return missing
+
+    def _rebuild_buffers(self, device: torch.device | str) -> None:
+        """Buffers that no checkpoint holds (RoPE tables) are computed again where they were built on meta."""
+        for name, module in self.named_modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            if any(buffer.is_meta for buffer in buffers.values()):
+                for leaf, buffer in buffers.items():
+                    module._buffers[leaf] = torch.full_like(buffer, float("nan"), device=device)
+                self._init_weights(module)
+                if unset := [leaf for leaf in buffers if module._buffers[leaf].isnan().any()]:
+                    raise RuntimeError(
+                        f"{name}.{unset[0]} is a buffer that neither the checkpoint nor {type(self).__name__}."
+                        "_init_weights sets: set it there"
+                    )
+            elif buffers:
+                module.to(device)
+
+    def _hf_tensors(self, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        if _overrides(self.state_dict_adapter, "to_hf"):
+            yield from self.state_dict_adapter.to_hf(state).items()
+            return
+        for own, tensor in state.items():
+            yield from self.state_dict_adapter.to_hf({own: tensor}).items()
+
+
+def fetch(path: str | os.PathLike[str], **hub: Any) -> Path:
+    """The local folder of a checkpoint: ``path`` itself, or the Hub's files of that id, downloaded once.
+
+    Raises:
+        CheckpointError: neither a folder nor an id that the Hub gives out.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.suffix == ".gguf":
+        raise CheckpointError(f"{folder}: run `automodel convert {folder} --out DIR` and load DIR")
+    if folder.exists() or folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
+        raise CheckpointError(f"{folder} is not a checkpoint folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES, **hub))
+    except Exception as error:  # the hub client raises a dozen unrelated types, offline ones included
+        raise CheckpointError(
+            f"{path!s} is not a local folder, and the Hub did not give it out: {type(error).__name__}: {error}"
+        ) from error
+
+
+def resolve_dtype(
+    dtype: torch.dtype | str | None, config: PreTrainedConfig, reader: SafetensorsReader | None
+) -> torch.dtype:
+    """The dtype asked for; for None and "auto" the config's, else that of the checkpoint's first float tensor.
+
+    Raises:
+        ValueError: not the name of a floating-point dtype.
+    """
+    if dtype in (None, "auto"):
+        dtype = config.dtype
+    if dtype is None:
+        stored = (reader.dtype(key) for key in reader) if reader is not None else iter(())
+        dtype = next((found for found in stored if found.is_floating_point), torch.float32)
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is not a floating-point dtype such as 'float32' or 'bfloat16'")
+    return resolved
+
+
+def _overrides(adapter: Any, method: str) -> bool:
+    return getattr(type(adapter), method) is not getattr(CombinedProjectionStateDictAdapter, method)
