@@ -31,6 +31,7 @@ __all__ = ["ConfigError", "arg", "dump_config", "format_help", "load_config", "r
 T = TypeVar("T")
 _COMMAND_LINE = "command line"
 _SCALARS: dict[Any, str] = {int: "int", float: "float", bool: "true | false", str: "str", Path: "path"}
+_TAG = "tag:yaml.org,2002:"
 _WIDTH = 100
 
 
@@ -206,18 +207,23 @@ class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads: the shared resolvers decide which strings need quotes."""
 
 
+def _write_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Escape the line breaks that PyYAML would read back as a newline."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style)
+
+
 _Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {}
-for _tag, _pattern in {
+for _name, _pattern in {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?(0|[1-9][0-9_]*)",  # no leading 0: PyYAML would read 010 as 8
     "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
 }.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})\Z", re.ASCII), None)
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"({_pattern})\Z", re.ASCII), None)
 for _type in (list, tuple):
-    _Dumper.add_representer(
-        _type, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True)
-    )
+    _Dumper.add_representer(_type, lambda dumper, items: dumper.represent_sequence(f"{_TAG}seq", items, True))
+_Dumper.add_representer(str, _write_str)
 _Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 

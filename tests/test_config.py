@@ -122,7 +122,9 @@ def test_override_sets_one_key_and_dumps_back(
     assert load(tmp_path, dump_config(config)) == config
 
 
-@pytest.mark.parametrize("text", ["1e-4", "null", "true", "12", "off", "", "~", "a: b", "a\n b\n", "1:30", "#x", "ü"])
+@pytest.mark.parametrize(
+    "text", ["1e-4", "null", "true", "12", "off", "", "~", "a: b", "a\n b\n", "1:30", "#x", "ü", "a\x85b"]
+)
 def test_dump_quotes_strings_so_that_they_stay_strings(tmp_path: Path, text: str) -> None:
     config = Config(model=Model(name=text), env={text: text}, peft=Peft(r=1, targets=[text, text]))
     assert load(tmp_path, dump_config(config)) == config
@@ -282,10 +284,10 @@ def test_help_lists_every_key_aligned_by_section() -> None:
 def test_help_wraps_under_the_meaning() -> None:
     @dataclass(kw_only=True)
     class Wordy:
-        key: int = field(default=1, metadata={"help": "half-word " * 20})
+        key: int = field(default=1, metadata={"help": "Some: " + "half-word " * 20})
 
     first, *rest = format_help(Wordy, "p", "").splitlines()[3:]
-    assert first.startswith("  --key  half-word")
+    assert first.startswith("  --key  Some: half-word")
     assert [bool(re.match(" {9}half-word", line)) for line in rest] == [True, True]
 
 
