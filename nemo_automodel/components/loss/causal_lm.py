@@ -1,0 +1,39 @@
+"""Cross entropy of the next token, as a sum over valid tokens, so that any split of the data adds up."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token that is not to be predicted."""
+
+
+def next_token_targets(labels: Tensor) -> Tensor:
+    """``labels`` ``[batch, seq]`` moved one to the left: what each position is to predict."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def valid_tokens(labels: Tensor) -> int:
+    """How many tokens of ``labels`` ``[batch, seq]`` the loss counts (a row's first token is never predicted)."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
+def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the cross entropies of the valid tokens, in fp32.
+
+    Only positions where some row has something to predict are given to the head: the prompts' logits, often most of
+    them, are never computed.
+
+    Args:
+        model: called with the batch less its labels, and ``logits_to_keep``; its output has ``logits``.
+        batch: ``input_ids``, ``labels`` ``[batch, seq]`` and whatever else the model takes.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    targets = next_token_targets(batch["labels"])
+    positions = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
+    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets[:, positions].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
