@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from nemo_automodel.components.checkpoint import CheckpointError, publish_folder
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import fetch
@@ -47,11 +48,14 @@ def convert_gguf(file: str | os.PathLike[str], out: str | os.PathLike[str], dtyp
     with file.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise CheckpointError(f"{file} is not a GGUF file (it does not start with 'GGUF')")
+    hf_logging.disable_progress_bar()  # three bars for a few seconds' work
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CheckpointError(f"{file} cannot be converted: {error}") from error
+    finally:
+        hf_logging.enable_progress_bar()
     # the weights are dequantized by now, but transformers would still refuse to save them
     model.hf_quantizer = None
     del model.config.quantization_config

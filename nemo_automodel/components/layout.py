@@ -57,28 +57,37 @@ class Fusion:
         Raises:
             ValueError: when ``fused`` does not hold a whole number of groups.
         """
-        size = fused.shape[dim]
-        if size % self.group:
-            raise ValueError(f"{self.fused}: {size} rows are not a whole number of groups of {self.group}")
         dim = dim % fused.ndim
-        grouped = fused.unflatten(dim, (size // self.group, self.group))
+        grouped = fused.unflatten(dim, (self._groups_of(fused.shape[dim]), self.group))
         return [part.flatten(dim, dim + 1) for part in grouped.split(self.blocks, dim + 1)]
 
     def part_view(self, fused: Tensor, part: str) -> Tensor:
         """The rows of ``part`` inside ``fused``, as a writable view ``[groups, block, ...]``."""
         index = self.parts.index(part)
         start = sum(self.blocks[:index])
-        return fused.unflatten(0, (-1, self.group))[:, start : start + self.blocks[index]]
+        groups = self._groups_of(fused.shape[0])
+        return fused.unflatten(0, (groups, self.group))[:, start : start + self.blocks[index]]
 
     def write_part(self, fused: Tensor, part: str, value: Tensor) -> None:
-        """Copy ``value``, the separate projection's tensor, into its rows of ``fused`` (casting to its dtype)."""
+        """Copy ``value``, the separate projection's tensor, into its rows of ``fused`` (casting to its dtype).
+
+        Raises:
+            ValueError: ``value`` has another shape than `part_shape` says.
+        """
         view = self.part_view(fused, part)
+        if (wanted := self.part_shape(fused.shape, part)) != tuple(value.shape):
+            raise ValueError(f"{part}: shape {list(value.shape)} where {self.fused} takes {list(wanted)}")
         view.copy_(value.unflatten(0, view.shape[:2]))
 
     def part_shape(self, fused: Sequence[int], part: str) -> tuple[int, ...]:
         """Shape of the separate projection's tensor, given the fused one's."""
         block = self.blocks[self.parts.index(part)]
-        return (fused[0] // self.group * block, *fused[1:])
+        return (self._groups_of(fused[0]) * block, *fused[1:])
+
+    def _groups_of(self, rows: int) -> int:
+        if rows % self.group:
+            raise ValueError(f"{self.fused}: {rows} rows are not a whole number of groups of {self.group}")
+        return rows // self.group
 
     @staticmethod
     def _groups(part: Tensor, block: int) -> int | None:
@@ -87,7 +96,7 @@ class Fusion:
 
 @dataclass(frozen=True)
 class PartKey:
-    """Where a Hugging Face key lives: rows of ``part`` inside the own parameter ``own`` (``fusion`` None: the whole)."""
+    """Where a Hugging Face tensor lives: the rows of ``part`` in the own parameter ``own``, or all (no ``fusion``)."""
 
     own: str
     part: str = ""

@@ -1,5 +1,6 @@
 """Answers from a trained folder: one prompt, or a batch of conversations."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -87,13 +88,16 @@ def _complete(
     temperature: float,
     special: bool = True,
 ) -> list[str]:
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
     # a chat template writes BOS itself, so the tokenizer must not add a second one
     encoded = tokenizer(texts, add_special_tokens=special, padding=True, padding_side="left", return_tensors="pt")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     tokens = cast("Any", model).generate(
         **encoded.to(model.device),
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
     return tokenizer.batch_decode(tokens[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)

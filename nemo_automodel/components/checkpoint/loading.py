@@ -1,8 +1,7 @@
-"""Fill a model that was built on the meta device from a checkpoint, tensor by tensor."""
+"""Fill a model that was built on the meta device from a checkpoint, piece by piece."""
 
 import re
-import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -12,7 +11,10 @@ from nemo_automodel.components.checkpoint.reading import CheckpointError, Safete
 from nemo_automodel.components.layout import Layout, PartKey
 
 READERS = 4
-"""Tensors in flight. Each costs the host its size while it is copied into the fused parameter."""
+"""Pieces in flight."""
+
+PIECE = 4 * 2**20
+"""Bytes of a piece, the unit of reading: small enough for the cache where it takes a detour to be permuted or cast."""
 
 _SHOWN = 8
 
@@ -30,8 +32,8 @@ def load_parameters(
 ) -> set[str]:
     """Give every parameter and persistent buffer of ``model`` its values from the checkpoint.
 
-    Names, shapes and dtypes are checked before anything is read. A tensor is read, cast, copied to its rows and
-    dropped before the next one, so the host never holds more than the model and `READERS` tensors.
+    Names, shapes and dtypes are checked before anything is read. Pieces of the tensors are read straight into the
+    parameter, or permuted and cast on the way, so the host never holds more than the model and `READERS` pieces.
 
     Args:
         model: its parameters may be on the meta device; they are replaced.
@@ -50,25 +52,18 @@ def load_parameters(
         CheckpointError: keys missing, unexpected, of another shape or stored in 8 bits, all named at once.
     """
     own = dict(model.state_dict(keep_vars=True))
-    plan = {key: place for key in reader if (place := layout.locate(key)).own in own}
+    located = {key: layout.locate(key) for key in reader}
+    # a fused name in the file would be rows in an order that nobody knows: not used
+    plan = {key: place for key, place in located.items() if place.own in own and key in layout.hf_keys(place.own)}
     missing = _check(own, plan, reader, layout, tied or {}, may_miss, may_ignore)
-    filled: dict[str, Tensor] = {}
-    lock = threading.Lock()
-
-    def read(key: str) -> None:
-        place, value = plan[key], reader.read(key)
-        target = dtype if own[place.own].is_floating_point() else own[place.own].dtype
-        if place.fusion is None:
-            filled[place.own] = value.to(device=device, dtype=target)
-            return
-        with lock:
-            if place.own not in filled:
-                filled[place.own] = torch.empty(own[place.own].shape, dtype=target, device=device)
-        place.fusion.write_part(filled[place.own], place.part, value)
-
+    filled = {
+        name: torch.empty_like(own[name], dtype=dtype if own[name].is_floating_point() else None, device=device)
+        for name in dict.fromkeys(place.own for place in plan.values())
+    }
     with ThreadPoolExecutor(READERS) as pool:
-        for done in [pool.submit(read, key) for key in plan]:
-            done.result()
+        pieces = (piece for key, place in plan.items() for piece in _pieces(key, place, filled[place.own], reader))
+        for _ in pool.map(lambda piece: reader.read_into(*piece), pieces):
+            pass  # the first error ends it
     for name, value in filled.items():
         assign(model, name, value)
     return missing
@@ -84,6 +79,15 @@ def assign(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
+def _pieces(key: str, place: PartKey, own: Tensor, reader: SafetensorsReader) -> Iterator[tuple[Tensor, str, int]]:
+    """Views of ``own`` that together hold the tensor ``key``, each with the first of its elements."""
+    view = place.fusion.part_view(own, place.part) if place.fusion else own.view(-1)
+    block = view.shape[1:].numel()  # elements that lie together in both the file and the parameter
+    step = max(1, PIECE // (block * reader.dtype(key).itemsize)) if block else 1
+    for start, piece in enumerate(view.split(step)):
+        yield piece, key, start * step * block
+
+
 def _check(
     own: Mapping[str, Tensor],
     plan: Mapping[str, PartKey],
@@ -94,7 +98,7 @@ def _check(
     may_ignore: Collection[str],
 ) -> set[str]:
     problems: list[str] = []
-    unexpected = [key for key in reader if key not in plan and not _matches(key, may_ignore)]
+    unexpected = [key for key in reader if key not in plan and not matches(key, may_ignore)]
     problems += _named("not used by this model", unexpected)
 
     absent = {name: [key for key in layout.hf_keys(name) if key not in plan] for name in own}
@@ -102,8 +106,8 @@ def _check(
     excused = {
         name
         for name, keys in absent.items()
-        if keys and len(keys) == len(layout.hf_keys(name)) and (absent.get(partners.get(name, name)) == [])
-        or keys and _matches(name, may_miss)
+        if (keys and len(keys) == len(layout.hf_keys(name)) and (absent.get(partners.get(name, name)) == []))
+        or (keys and matches(name, may_miss))
     }
     problems += _named("missing", [key for name, keys in absent.items() if name not in excused for key in keys])
 
@@ -112,8 +116,10 @@ def _check(
         wanted = place.fusion.part_shape(shape, place.part) if place.fusion else shape
         if reader.shape(key) != wanted:
             problems.append(f"{key}: shape {list(reader.shape(key))} where the config asks for {list(wanted)}")
-        elif reader.dtype(key).itemsize == 1 and own[place.own].is_floating_point():
-            problems.append(f"{key}: stored as {reader.dtype(key)}; quantized checkpoints are not read")
+            continue
+        stored, floating = reader.dtype(key), own[place.own].is_floating_point()
+        if stored.is_floating_point != floating or (floating and stored.itemsize == 1):
+            problems.append(f"{key}: stored as {stored}; quantized checkpoints are not read")
     if problems:
         shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(shown))
@@ -124,5 +130,6 @@ def _named(what: str, keys: list[str]) -> list[str]:
     return [f"{key}: {what}" for key in keys]
 
 
-def _matches(key: str, patterns: Collection[str]) -> bool:
+def matches(key: str, patterns: Collection[str]) -> bool:
+    """Whether any of the regular expressions is found in ``key``."""
     return any(re.search(pattern, key) for pattern in patterns)

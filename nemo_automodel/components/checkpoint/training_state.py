@@ -1,6 +1,7 @@
 """Checkpoints of a running training: complete or invisible, newest first, resumed bit for bit."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_automodel.components.checkpoint.reading import CheckpointError
-from nemo_automodel.components.checkpoint.writing import publish_folder
+from nemo_automodel.components.checkpoint.writing import discard, publish_folder
 
 _STATE, _TENSORS = "state.json", "training_state.safetensors"
 
@@ -74,15 +75,11 @@ class TrainingCheckpoints:
 
         def write(folder: Path) -> None:
             write_model(folder / "model")
-            # one storage under two names (an untied view, say) is refused by safetensors: clone, do not alias
-            save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / _TENSORS)
+            save_file(_apart(tensors), folder / _TENSORS)
             content = {"step": step, "metric": metric, "state": dict(state)}
             (folder / _STATE).write_text(json.dumps(content, indent=2) + "\n")
 
-        target = self.folder / f"step-{step:08d}"
-        if target.exists():
-            shutil.rmtree(target)
-        publish_folder(target, write)
+        target = publish_folder(self.folder / f"step-{step:08d}", write, replace=True)
         self._prune()
         return target
 
@@ -111,12 +108,33 @@ class TrainingCheckpoints:
 
     def _prune(self) -> None:
         folders = self._folders()
-        metrics = {folder: json.loads((folder / _STATE).read_text())["metric"] for folder in folders}
-        scored = [folder for folder in folders if metrics[folder] is not None]
-        best = min(scored, key=lambda folder: metrics[folder]) if scored else None
+        metrics = {folder: _metric(folder) for folder in folders}
+        best = min(folders, key=lambda folder: metrics[folder])
         for folder in folders[: -self.keep_last] if self.keep_last else []:
-            if folder != best:
-                shutil.rmtree(folder)
+            if folder != best or metrics[best] == math.inf:
+                discard(folder)
+        for leftover in self.folder.glob(".step-*"):  # of a save or a deletion that was killed
+            shutil.rmtree(leftover)
+
+
+def _metric(folder: Path) -> float:
+    try:
+        metric = json.loads((folder / _STATE).read_text())["metric"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a damaged checkpoint is not the best one, and no reason to stop training
+    return math.inf if metric is None or math.isnan(metric) else metric
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in a storage of its own: safetensors refuses one that two names share."""
+    storages: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if pointer in storages else tensor
+        storages.add(pointer)
+    return result
 
 
 def random_state() -> dict[str, Tensor]:

@@ -59,34 +59,51 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def publish_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
+def publish_folder(folder: str | os.PathLike[str], write: Callable[[Path], None], *, replace: bool = False) -> Path:
     """Let ``write`` fill a hidden folder aside, then publish it as ``folder``.
 
-    A new ``folder`` appears by one rename, complete. Into an existing one the files move one by one, weights before
-    their index and config, and weights of an earlier save that the new one did not overwrite are removed; its other
-    files (a tokenizer, notes) stay. When ``write`` fails, ``folder`` is as it was.
+    A new ``folder`` appears by one rename, complete. Into an existing one the files move one by one: no weights of an
+    earlier save are overwritten but by one step, that of ``model.safetensors`` or of the index, which switches from
+    all of the old ones to all of the new ones. Then the old ones go; other files (a tokenizer, notes) stay. When
+    ``write`` fails or is killed, ``folder`` is as it was; the next save clears away what it left.
+
+    Args:
+        folder: where to publish; made, with its parents, when it is not there.
+        write: fills the folder it is given.
+        replace: an existing ``folder`` gives way as a whole, files that ``write`` does not know included.
 
     Raises:
         NotADirectoryError: ``folder`` is a file.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder to save into")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.incomplete-{os.getpid()}"
+    # inside a folder that stays: it may be a mount, whose parent is another file system
+    merge = folder.exists() and not replace
+    aside = folder / ".incomplete" if merge else folder.parent / f".{folder.name}.incomplete"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside.mkdir(parents=True)
     try:
         write(aside)
         _sync(aside)
-        if not folder.exists():
-            aside.rename(folder)
-        else:
+        if merge:
             _move_into(aside, folder)
+        else:
+            discard(folder)
+            aside.rename(folder)
+            _sync_path(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _sync_path(folder.parent)
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Delete ``folder``, where there is one, so that it is gone at once and never found half deleted."""
+    if folder.exists():
+        hidden = folder.parent / f".{folder.name}.discarded"
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def parse_size(size: int | str) -> int:
@@ -104,19 +121,40 @@ def parse_size(size: int | str) -> int:
 
 
 def _move_into(aside: Path, folder: Path) -> None:
+    if (aside / INDEX).is_file():
+        _rename_clashing_shards(aside, folder)
     new = {file.name for file in aside.iterdir()}
-    if weights := {name for name in new if _is_weights(name)}:
-        stale = [file for file in folder.iterdir() if _is_weights(file.name) and file.name not in weights]
-    else:
-        stale = []
-    for name in sorted(new, key=lambda name: (name.endswith(".json"), name)):
+    stale = []
+    if any(_is_weights(name) for name in new):
+        stale = [file for file in folder.iterdir() if _is_weights(file.name) and file.name not in new]
+    # the index last: it is what makes the shards visible
+    for name in sorted(new, key=lambda name: (name == INDEX, name.endswith(".json"), name)):
         os.replace(aside / name, folder / name)
-    for file in stale:
+    _sync_path(folder)
+    # model.safetensors and the index first: either decides which weights are read
+    for file in sorted(stale, key=lambda file: file.name not in (SINGLE, INDEX)):
         file.unlink()
 
 
+def _rename_clashing_shards(aside: Path, folder: Path) -> None:
+    index = json.loads((aside / INDEX).read_text())
+    names = set(index["weight_map"].values())
+    tag = 1
+    while any((folder / _tagged(name, tag)).exists() for name in names):
+        tag += 1
+    for name in names:
+        (aside / name).rename(aside / _tagged(name, tag))
+    index["weight_map"] = {key: _tagged(name, tag) for key, name in index["weight_map"].items()}
+    (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tagged(name: str, tag: int) -> str:
+    """``model-00001-of-00002.safetensors`` -> itself for the first tag, then ``model.2-00001-of-00002.safetensors``."""
+    return name if tag == 1 else name.replace("model-", f"model.{tag}-", 1)
+
+
 def _is_weights(name: str) -> bool:
-    return name == INDEX or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name) is not None
+    return name == INDEX or re.fullmatch(r"model(\.\d+)?(-\d+-of-\d+)?\.safetensors", name) is not None
 
 
 def _sync(folder: Path) -> None:

@@ -1,18 +1,17 @@
 """From a source of rows to examples, with an account of what became of them."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_automodel.components.data.config import DataConfig
 from nemo_automodel.components.data.examples import Examples
-from nemo_automodel.components.data.rendering import Rendered, Renderer, Span
-from nemo_automodel.components.data.sources import load_rows
+from nemo_automodel.components.data.rendering import Renderer
+from nemo_automodel.components.data.sources import Row, load_rows
+from nemo_automodel.components.data.tokenizing import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +58,7 @@ class Audit:
         template = f" Chat template {self.chat_template_sha256}." if self.chat_template_sha256 else ""
         return (
             f"{self.source}: {self.read:,} rows read, {self.kept:,} examples kept; {self.dropped:,} rows dropped "
-            f"({self.dropped_overlong:,} too long, {self.dropped_unsupervised:,} with nothing to learn), "
+            f"({self.dropped_overlong:,} too long, {self.dropped_unsupervised:,} with no supervised token), "
             f"{self.truncated:,} truncated, {self.split:,} split. {self.tokens:,} tokens, {self.supervised_tokens:,} "
             f"({share:.1%}) of them supervised; the longest row has {self.longest:,}.{template}"
         )
@@ -86,6 +85,78 @@ def build_dataset(
     """
     rows = load_rows(source, split)
     builder = _Builder(tokenizer, config, f"{source} ({split})" if split else str(source))
-    for start in range(0, min(len(rows), config.limit or len(rows)), _CHUNK):
-        chunk = islice(remaining, _CHUNK)
-    return builder.finish()
+    numbered = enumerate(islice(rows, config.limit))
+    while chunk := list(islice(numbered, _CHUNK)):
+        builder.add(chunk)
+    audit = builder.audit
+    if not audit.kept:
+        raise ValueError(f"no example is left to train on. {audit.summary()}")
+    return builder.examples, audit
+
+
+class _Builder:
+    """Fills the examples and the account of one source."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, source: str):
+        self.examples, self.audit = Examples(), Audit(source)
+        self._config = config
+        self._renderer, self._encoder = Renderer(tokenizer, config), Encoder(tokenizer)
+
+    def add(self, chunk: list[tuple[int, Row]]) -> None:
+        """Add numbered rows."""
+        rendered = []
+        for index, row in chunk:
+            with self._locate(index, row):
+                rendered.append(self._renderer(row))
+        all_ids, all_offsets = self._encoder.tokenize([one.text for one in rendered])
+        for (index, _), one, ids, offsets in zip(chunk, rendered, all_ids, all_offsets, strict=True):
+            with self._locate(index, one.text):
+                self._add_tokens(one.kind, *self._encoder.supervise(one, ids, offsets))
+        if any(one.kind == "chat" for one in rendered):
+            self.audit.chat_template_sha256 = self._renderer.template_hash
+
+    def _add_tokens(self, kind: str, ids: list[int], supervised: bytearray) -> None:
+        """Keep the tokens of a row, or those parts of them that `overlong` and `unsupervised` leave."""
+        audit, config = self.audit, self._config
+        audit.read += 1
+        audit.longest = max(audit.longest, len(ids))
+        pieces = self._fit(kind, len(ids))
+        if pieces and not any(1 in supervised[piece][1:] for piece in pieces):
+            if config.unsupervised == "error":
+                cut = f"what is supervised lies beyond max_length ({config.max_length})"
+                reason = cut if 1 in supervised[1:] else "no assistant turn, or an empty completion or text"
+                raise ValueError(f"no token is supervised: {reason}. Set unsupervised to drop to leave such rows out")
+            audit.dropped_unsupervised += 1
+            return
+        for piece in pieces:
+            self.examples.append(ids[piece], supervised[piece])
+            audit.kept += 1
+            audit.tokens += len(ids[piece])
+            audit.supervised_tokens += supervised[piece].count(1, 1)
+
+    def _fit(self, kind: str, length: int) -> list[slice]:
+        """The parts of a row to keep, none longer than `max_length`."""
+        limit, audit = self._config.max_length, self.audit
+        if length <= limit:
+            return [slice(length)]
+        match self._config.overlong:
+            case "drop":
+                audit.dropped_overlong += 1
+                return []
+            case "truncate":
+                audit.truncated += 1
+                return [slice(limit)]
+            case "split" if kind == "text":
+                audit.split += 1
+                # The last token of a piece is also the first of the next, for a first token is never predicted.
+                return [slice(start, start + limit) for start in range(0, length - 1, limit - 1)]
+        hint = "only text rows can be split" if self._config.overlong == "split" else "overlong says to stop"
+        raise ValueError(f"it has {length} tokens, more than max_length ({limit}): {hint}")
+
+    @contextmanager
+    def _locate(self, index: int, row: Row | str) -> Iterator[None]:
+        """Name the row in errors."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.audit.source}, row {index}: {error}. It begins: {str(row)[:_EXCERPT]}") from error

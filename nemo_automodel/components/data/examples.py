@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token that is not learned
+IGNORED = -100  # the label of a token that is not supervised
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Examples:
         self._ends = array("q", [0])
 
     def append(self, ids: list[int], supervised: bytes | bytearray) -> None:
-        """Add a document: its token ids and, of the same length, 1 for those to learn and 0 for the others."""
+        """Add a document: its token ids and, of the same length, 1 for those to supervise, 0 for the others."""
         self._ids.extend(ids)
         self._supervised += b"\0" + supervised[1:]
         self._ends.append(len(self._ids))
@@ -79,6 +79,6 @@ def preview(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
     runs = groupby(range(len(example)), key=lambda position: example.labels[position].item() != IGNORED)
     texts = []
     for supervised, positions in runs:
-        text = tokenizer.decode(example.input_ids[list(positions)].tolist())
+        text = str(tokenizer.decode(example.input_ids[list(positions)].tolist(), clean_up_tokenization_spaces=False))
         texts.append(f"⟦{text}⟧" if supervised else text)
     return "".join(texts)

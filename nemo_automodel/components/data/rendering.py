@@ -1,4 +1,4 @@
-"""A row of data as text, with the stretches of it that are learned."""
+"""A row of data as text, and which characters of it are supervised."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ class Rendered:
     Attributes:
         kind: where the text is from; only a chat has its special tokens (BOS, end of turn) written out.
         text: all of it.
-        spans: the `[start, end)` characters to learn, in order.
+        spans: the `[start, end)` characters to supervise, in order.
     """
 
     kind: Literal["chat", "completion", "text"]
@@ -49,10 +49,10 @@ class Renderer:
     """Turns rows into text, by the columns they have.
 
     - `messages` (or `conversations`, with from/value and ShareGPT's roles too), and `tools` if given: the chat
-      template writes the text; the assistant's turns are learned, each with its end-of-turn token.
-    - `prompt` and `completion`, strings: taken literally, without any template; the completion is learned. As lists of
-      messages they are one conversation in which the turns of the completion are learned.
-    - `text`: all of it is learned.
+      template writes the text; the assistant's turns are supervised, each with its end-of-turn token.
+    - `prompt` and `completion`, strings: taken literally, without any template; the completion is supervised. As lists
+      of messages they are one conversation in which the assistant turns of the completion are supervised.
+    - `text`: all of it is supervised.
 
     Args:
         tokenizer: a tokenizer of transformers; its chat template is used unless `config` names another.
@@ -108,7 +108,7 @@ class Renderer:
         return hashlib.sha256(self.template.encode()).hexdigest()[:12]
 
     def _chat(self, prompt: Any, completion: Any, tools: Any) -> Rendered:
-        """A conversation of which the assistant turns in `completion` may be learned."""
+        """A conversation of which the assistant turns in `completion` are supervised."""
         before = _read_messages(prompt)
         messages = before + _read_messages(completion)
         if not messages:
@@ -125,8 +125,8 @@ class Renderer:
             if turns != assistant:
                 if len(spans) != len(assistant):
                     raise ValueError(
-                        f"the chat template has {len(spans)} generation blocks for {len(assistant)} assistant turns, so "
-                        "it is not known which blocks belong to the turns to learn"
+                        f"the chat template has {len(spans)} generation blocks for {len(assistant)} assistant turns: "
+                        "it cannot be told which of them belong to the turns to supervise"
                     )
                 spans = [span for index, span in zip(assistant, spans, strict=True) if index in turns]
         # White space after the end of a turn belongs to the template, not to the answer.
@@ -135,7 +135,7 @@ class Renderer:
     def _render(self, messages: list[Message], tools: Any, template: str | None = None, answer: bool = False) -> str:
         """The text of some messages; with `answer`, up to where the assistant's answer would begin."""
         try:
-            text: str = self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 chat_template=template or self.template,
@@ -144,7 +144,7 @@ class Renderer:
             )
         except Exception as error:  # a template is a program: whatever it raises, the row has to be named
             raise ValueError(f"the chat template fails: {error}") from error
-        return text
+        return str(text)
 
     def _spans_by_prefix(self, messages: list[Message], tools: Any, text: str, turns: list[int]) -> list[Span]:
         """Find turns by what the text gains with each, which needs a template that only ever appends."""
@@ -157,8 +157,8 @@ class Renderer:
                 raise ValueError(
                     f"where the assistant turn in message {turn} begins or ends cannot be told: the chat template does "
                     "not append it to the messages before it, or changes it when others follow (as templates do that "
-                    "remove earlier thinking). Set assistant_turns to last to learn only the last turn, or "
-                    "chat_template to a template that appends or that has {% generation %} blocks"
+                    "remove earlier thinking). Set assistant_turns to last to supervise only the last turn, "
+                    "or chat_template to a template that appends or that has {% generation %} blocks"
                 )
             spans.append((len(before), len(after)))
         return spans
@@ -207,7 +207,7 @@ def _read_messages(value: Any) -> list[Message]:
             raise ValueError(f"message {index} must have role and content, got {message!r}")
         parts = {name: part for name, part in message.items() if part is not None}
         role = parts.pop("role", None) or parts.pop("from", None)
-        if role not in ROLES:
+        if str(role) not in ROLES:
             raise ValueError(f"message {index} has the role {role!r}; known are {', '.join(ROLES)}")
         if "value" in parts:
             parts["content"] = parts.pop("value")

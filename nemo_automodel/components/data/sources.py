@@ -39,15 +39,18 @@ def load_rows(source: str | Path, split: str | None = None) -> Rows:
     if path.is_file() and suffix in (".json", ".jsonl"):
         return _take_split({"train": _read_json(path)}, split, path)
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        import datasets
+        import datasets  # it costs seconds
 
         saved = datasets.load_from_disk(str(path))
         return _take_split(saved if isinstance(saved, Mapping) else {"train": saved}, split, path)
-    if path.is_file() or path.is_dir():
-        return _load_dataset(source, split, path=path)
+    if path.is_file():
+        return _load_dataset(suffix[1:], split or "train", data_files=str(path))
+    if path.is_dir():
+        return _load_dataset(str(path), split)
     if suffix in SUFFIXES or isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError(f"there is no file or folder {source} (from {Path.cwd()})")
-    return _load_dataset(source, split)
+    name, _, config = source.partition(":")
+    return _load_dataset(name, split, name=config or None)
 
 
 class JsonLines:
@@ -55,7 +58,6 @@ class JsonLines:
 
     def __init__(self, path: Path, offsets: "array[int]"):
         self._path, self._offsets = path, offsets
-        self._file = path.open("rb")
 
     @classmethod
     def scan(cls, path: Path) -> "JsonLines":
@@ -77,12 +79,14 @@ class JsonLines:
         return len(self._offsets)
 
     def __getitem__(self, index: int, /) -> Row:
-        self._file.seek(self._offsets[index])
-        row: Row = json.loads(self._file.readline())
+        [row] = JsonLines(self._path, array("q", [self._offsets[index]]))
         return row
 
     def __iter__(self) -> Iterator[Row]:
-        return (self[index] for index in range(len(self)))
+        with self._path.open("rb") as file:
+            for offset in self._offsets:
+                file.seek(offset)
+                yield json.loads(file.readline())
 
     def select(self, indices: range) -> "JsonLines":
         """The rows at `indices`, a range of step 1."""
@@ -113,19 +117,17 @@ def _check_row(row: Any, where: str) -> None:
         raise ValueError(f"{where}: expected a JSON object, got {json.dumps(row)[:100]}")
 
 
-def _load_dataset(source: str | Path, split: str | None, path: Path | None = None) -> Rows:
-    """Load what `datasets` can: a `.parquet` or `.csv` file, a folder, a name."""
+def _load_dataset(path: str, split: str | None, **options: Any) -> Rows:
+    """One split of what `datasets.load_dataset(path)` loads: a data set by name, a folder, or files by their type."""
     import datasets  # it costs seconds
 
-    if path and path.is_file():
-        builder = path.suffix.lower().removeprefix(".")
-        return datasets.load_dataset(builder, data_files=str(path), split=split or "train")
-    name, _, config = (str(path), "", "") if path else str(source).partition(":")
     try:
-        loaded = datasets.load_dataset(name, config or None, split=split)
+        loaded = datasets.load_dataset(path, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"there is no file, folder or reachable data set {source}: {error}") from error
-    return loaded if split else _take_split(loaded, None, source)
+        raise FileNotFoundError(
+            f"there is no file or folder {path}, nor a data set that can be reached: {error}"
+        ) from error
+    return loaded if split else _take_split(loaded, None, path)
 
 
 def _take_split(parts: Mapping[str, Any], split: str | None, source: str | Path) -> Rows:

@@ -44,7 +44,7 @@ def eager_attention_forward(
     Returns:
         The output ``[B, S, H, D]`` and the weights ``[B, H, S, S_kv]``.
     """
-    groups = module.num_key_value_groups
+    groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:

@@ -1,9 +1,9 @@
 """Which implementation serves attention, linear layers, norms and RoPE, chosen by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -40,10 +40,10 @@ class BackendConfig:
         ImportError: the chosen backend's package is not installed; the message has the install line.
     """
 
-    attn: str = "sdpa"
-    linear: str = "torch"
-    rms_norm: str = "torch"
-    rope_fusion: bool = False
+    attn: Literal["sdpa", "te", "flex"] = field(default="sdpa", metadata={"help": "attention"})
+    linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
+    rms_norm: Literal["torch", "torch_fp32", "te"] = field(default="torch", metadata={"help": "RMSNorm"})
+    rope_fusion: bool = field(default=False, metadata={"help": "fused RoPE kernel"})
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -84,14 +84,23 @@ class BackendConfig:
         return cls(**value)
 
     def apply_to(self, config: Any, attn_implementation: str | None = None) -> Self:
-        """Write the attention implementation into a transformers config; one that it names yields to a non-default.
+        """Write the attention implementation into a transformers config.
+
+        The default ``attn`` writes nothing: what the config names stays, and where it names none transformers takes
+        sdpa for the classes that have it.
 
         Args:
             config: a ``PreTrainedConfig``; changed in place.
             attn_implementation: transformers' name of one; decides before ``attn`` and before the config.
+
+        Returns:
+            The backend to build the model with: applied once more, it does not undo ``attn_implementation``.
         """
-        if attn_implementation or self.attn != "sdpa" or config._attn_implementation is None:
-            config._attn_implementation = attn_implementation or ATTN_IMPLEMENTATION[self.attn]
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+            return replace(self, attn="flex" if attn_implementation == ATTN_IMPLEMENTATION["flex"] else "sdpa")
+        if self.attn != "sdpa":
+            config._attn_implementation = ATTN_IMPLEMENTATION[self.attn]
         return self
 
 

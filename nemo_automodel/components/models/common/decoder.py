@@ -46,10 +46,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = spec.mlp(config)
         self.norms = spec.norms
         self.residual_multiplier = spec.residual_multiplier
-        for name in (self.norms.before_attention, self.norms.after_attention, self.norms.before_mlp, self.norms.after_mlp):
-            if name is not None:
-                norm = initialize_rms_norm_module(backend.rms_norm, config.hidden_size, eps=spec.norm_eps)
-                self.add_module(name, norm)
+        for name in self.norms.names():
+            norm = initialize_rms_norm_module(backend.rms_norm, config.hidden_size, eps=spec.norm_eps)
+            self.add_module(name, norm)
 
     def forward(
         self,
@@ -151,26 +150,31 @@ class DecoderModel(DecoderPreTrainedModel):
             **kwargs: for the attention implementation, and ``output_hidden_states`` and the like.
 
         Raises:
-            ValueError: both or none of ``input_ids`` and ``inputs_embeds``.
+            ValueError: both or none of ``input_ids`` and ``inputs_embeds``; packed documents with a mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            _refuse_packed_with_mask(position_ids, attention_mask)
+        cached = past_key_values  # packed documents are looked for only where this is None: a new cache is empty
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
 
-        masks = attention_mask
-        if not isinstance(masks, dict):
+        masks: dict[str, Any]
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
             masks = {
                 layer_type: MASKS[layer_type](
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
+                    past_key_values=cached,
                     position_ids=position_ids,
                 )
                 for layer_type in sorted(set(self.spec.layer_types))
@@ -191,6 +195,18 @@ class DecoderModel(DecoderPreTrainedModel):
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+def _refuse_packed_with_mask(position_ids: Tensor, attention_mask: Tensor) -> None:
+    """transformers looks for packed documents only where there is no mask; with one they would see each other."""
+    if torch.compiler.is_compiling() or position_ids.shape[-1] != attention_mask.shape[-1]:
+        return
+    attended = attention_mask.bool()
+    if ((position_ids.diff(dim=-1) != 1) & attended[:, 1:] & attended[:, :-1]).any():
+        raise ValueError(
+            "position_ids start again inside a row (packed documents), but there is an attention_mask, with which the "
+            "documents would see each other: leave attention_mask out, and give padding positions of its own"
         )
 
 
@@ -261,6 +277,7 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        assert outputs.last_hidden_state is not None
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if self.model.spec.logits_multiplier != 1.0:
             logits = logits * self.model.spec.logits_multiplier

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints in and out of models that hold fused parameters."""
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from nemo_automodel.components.checkpoint import (
     publish_folder,
     write_shards,
 )
-from nemo_automodel.components.checkpoint.loading import assign
+from nemo_automodel.components.checkpoint.loading import assign, matches
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
     CombinedProjectionStateDictAdapter,
@@ -89,12 +90,14 @@ class HFCheckpointingMixin(_Base):
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         folder = fetch(pretrained_model_name_or_path, **hub)
         if config is None:
+            assert cls.config_class is not None, f"{cls.__name__} must set config_class"
             config, unused = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
             if unused:
                 raise TypeError(f"{cls.__name__}.from_pretrained got an unknown option {next(iter(unused))!r}")
         if getattr(config, "quantization_config", None):
             raise CheckpointError(f"{folder}: config.json has a quantization_config; quantized weights are not read")
         reader = SafetensorsReader(folder)
+        config = copy.deepcopy(config)
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         dtype = resolve_dtype(dtype if dtype is not None else torch_dtype, config, reader)
         model = cls._on_meta(config, backend, dtype)
@@ -127,7 +130,8 @@ class HFCheckpointingMixin(_Base):
             TypeError: an option that would change what is written.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
-            super().save_pretrained(save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
+            state = None if state_dict is None else dict(state_dict)
+            super().save_pretrained(save_directory, is_main_process, state, max_shard_size=max_shard_size, **kwargs)
             return
         harmless = {"safe_serialization", "token", "save_peft_format", "save_original_format"}
         if unknown := [name for name, value in kwargs.items() if name not in harmless and value]:
@@ -193,7 +197,7 @@ class HFCheckpointingMixin(_Base):
                 device=device,
                 tied=self.all_tied_weights_keys,
                 may_miss=self._keys_to_ignore_on_load_missing or (),
-                may_ignore=(*(self._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS),
+                may_ignore=self._may_ignore(),
             )
         self.tie_weights(missing_keys=missing, recompute_mapping=False)
         for name, tensor in self.state_dict(keep_vars=True).items():
@@ -203,21 +207,29 @@ class HFCheckpointingMixin(_Base):
                 logger.warning("%s is not in %s: initialized at random, to be trained", name, reader.path)
         self._rebuild_buffers(device)
 
+    def _may_ignore(self) -> tuple[str, ...]:
+        return (*(self._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)
+
     def _fill_through_from_hf(
         self, reader: SafetensorsReader, dtype: torch.dtype, device: torch.device | str
     ) -> set[str]:
         """For adapters that override ``from_hf``: the whole state dict passes through it at once."""
-        state = self.state_dict_adapter.from_hf({key: reader.read(key) for key in reader})
         own = self.state_dict(keep_vars=True)
+        try:
+            state = self.state_dict_adapter.from_hf({key: reader.read(key) for key in reader})
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{reader.path} does not fit the model: {error.args[0]}") from error
+        state = {key: value for key, value in state.items() if key in own or not matches(key, self._may_ignore())}
         problems = [f"{key}: not used by this model" for key in state if key not in own]
         problems += [
             f"{key}: shape {list(value.shape)} where the config asks for {list(own[key].shape)}"
             for key, value in state.items()
             if key in own and value.shape != own[key].shape
         ]
-        tied = self.all_tied_weights_keys
         missing = {key for key in own if key not in state}
-        problems += [f"{key}: missing" for key in sorted(missing) if key not in tied]
+        excused = {target for target, source in self.all_tied_weights_keys.items() if source in state}
+        excused |= {key for key in missing if matches(key, self._keys_to_ignore_on_load_missing or ())}
+        problems += [f"{key}: missing" for key in sorted(missing - excused)]
         if problems:
             raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(problems[:8]))
         for key, value in state.items():
@@ -228,11 +240,11 @@ class HFCheckpointingMixin(_Base):
         """Buffers that no checkpoint holds (RoPE tables) are computed again where they were built on meta."""
         for name, module in self.named_modules():
             buffers = dict(module.named_buffers(recurse=False))
-            if any(buffer.is_meta for buffer in buffers.values()):
-                for leaf, buffer in buffers.items():
+            if computed := {leaf: buffer for leaf, buffer in buffers.items() if buffer.is_meta}:
+                for leaf, buffer in computed.items():
                     module._buffers[leaf] = torch.full_like(buffer, float("nan"), device=device)
                 self._init_weights(module)
-                if unset := [leaf for leaf in buffers if module._buffers[leaf].isnan().any()]:
+                if unset := [leaf for leaf in computed if module._buffers[leaf].isnan().any()]:
                     raise RuntimeError(
                         f"{name}.{unset[0]} is a buffer that neither the checkpoint nor {type(self).__name__}."
                         "_init_weights sets: set it there"
@@ -256,6 +268,8 @@ def fetch(path: str | os.PathLike[str], **hub: Any) -> Path:
     """
     folder = Path(path)
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            SafetensorsReader(folder)  # which says what the folder holds instead of a checkpoint
         return folder
     if folder.suffix == ".gguf":
         raise CheckpointError(f"{folder}: run `automodel convert {folder} --out DIR` and load DIR")

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), half-split convention, every type transformers knows."""
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), half-split, every type that transformers knows."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from nemo_automodel.components.models.common.combined_projection.combined_qkv im
 
 def default_inverse_frequencies(config: PreTrainedConfig, **kwargs: Any) -> tuple[Tensor, float]:
     """``theta^(-2i/d)`` for ``i < d/2`` (fp32 ``[d/2]``), and the factor 1.0 on cos and sin."""
-    dim = int(head_dim_of(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    dim = head_dim_of(config)
     exponent = torch.arange(0, dim, 2, dtype=torch.float) / dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
 
@@ -59,7 +59,7 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[batch, seq, rotary_dim]`` in ``hidden_states``' dtype, for ``position_ids`` ``[batch, seq]``."""
+        """cos and sin ``[batch, seq, rotary_dim]``, in ``hidden_states``' dtype, for positions ``[batch, seq]``."""
         inv_freq = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)

@@ -1,6 +1,6 @@
 """What a dense family is: the slots of the common decoder, filled once from the family's config."""
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -21,6 +21,10 @@ class NormSlots:
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
+
+    def names(self) -> list[str]:
+        """Of the norms that there are."""
+        return [name for name in astuple(self) if name is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,16 @@
 
 from transformers import LlamaConfig
 
-from nemo_automodel.components.models.common.decoder import DecoderForCausalLM, DecoderForSequenceClassification
+from nemo_automodel.components.models.common.decoder import (
+    DecoderForCausalLM,
+    DecoderForSequenceClassification,
+    DecoderPreTrainedModel,
+)
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.components.models.llama.state_dict_adapter import LlamaStateDictAdapter
 
 
-class LlamaFamily:
+class LlamaPreTrainedModel(DecoderPreTrainedModel):
     """What both heads share."""
 
     config_class = LlamaConfig
@@ -23,7 +27,7 @@ class LlamaFamily:
         )
 
 
-class LlamaForCausalLM(LlamaFamily, DecoderForCausalLM):
+class LlamaForCausalLM(DecoderForCausalLM, LlamaPreTrainedModel):
     """Llama with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -31,7 +35,7 @@ class LlamaForCausalLM(LlamaFamily, DecoderForCausalLM):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
 
 
-class LlamaForSequenceClassification(LlamaFamily, DecoderForSequenceClassification):
+class LlamaForSequenceClassification(DecoderForSequenceClassification, LlamaPreTrainedModel):
     """Llama with a score on the last token."""
 
 

@@ -2,12 +2,16 @@
 
 from transformers import Qwen2Config
 
-from nemo_automodel.components.models.common.decoder import DecoderForCausalLM, DecoderForSequenceClassification
+from nemo_automodel.components.models.common.decoder import (
+    DecoderForCausalLM,
+    DecoderForSequenceClassification,
+    DecoderPreTrainedModel,
+)
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.components.models.qwen2.state_dict_adapter import Qwen2StateDictAdapter
 
 
-class Qwen2Family:
+class Qwen2PreTrainedModel(DecoderPreTrainedModel):
     """What both heads share."""
 
     config_class = Qwen2Config
@@ -15,6 +19,7 @@ class Qwen2Family:
 
     @staticmethod
     def decoder_spec(config: Qwen2Config) -> DecoderSpec:
+        assert config.layer_types is not None  # the config fills it in
         return DecoderSpec(
             norm_eps=config.rms_norm_eps,
             layer_types=tuple(config.layer_types),
@@ -23,7 +28,7 @@ class Qwen2Family:
         )
 
 
-class Qwen2ForCausalLM(Qwen2Family, DecoderForCausalLM):
+class Qwen2ForCausalLM(DecoderForCausalLM, Qwen2PreTrainedModel):
     """Qwen2 with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -31,7 +36,7 @@ class Qwen2ForCausalLM(Qwen2Family, DecoderForCausalLM):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
 
 
-class Qwen2ForSequenceClassification(Qwen2Family, DecoderForSequenceClassification):
+class Qwen2ForSequenceClassification(DecoderForSequenceClassification, Qwen2PreTrainedModel):
     """Qwen2 with a score on the last token."""
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,13 +25,18 @@ class CombinedProjectionStateDictAdapter:
 
     Args:
         config: reads the head counts, ``head_dim``, ``hidden_size`` and ``tie_word_embeddings``.
+
+    Attributes:
+        fuses_gate_up: False in the adapter of a family with `PlainMLP`, whose ``up_proj`` stands alone.
     """
+
+    fuses_gate_up: ClassVar[bool] = True
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.qkv = qkv_fusion(heads, kv_heads, head_dim_of(config))
-        self.layout = Layout((self.qkv, GATE_UP))
+        self.layout = Layout((self.qkv, GATE_UP) if self.fuses_gate_up else (self.qkv,))
 
     def from_hf(self, hf_state_dict: Mapping[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         """Own state dict from a Hugging Face one (plain tensors or DTensors; the input is left alone).

@@ -1,0 +1,58 @@
+"""The guides in docs/ run as they stand: YAML blocks become files, commands and Python blocks are executed in order."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nemo_automodel._transformers import registry
+from nemo_automodel.cli import main
+from tests.recipes.conftest import checkpoint, rows  # noqa: F401  (fixtures)
+
+ROOT = Path(__file__).parent.parent
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def run_block(language: str, text: str, names: dict[str, object]) -> None:
+    if language == "yaml":
+        first, body = text.split("\n", 1)
+        Path(first.removeprefix("# file: ")).write_text(body)
+    elif language == "json":
+        for line in text.splitlines():
+            json.loads(line)
+    elif language == "python":
+        exec(compile(text, "guide", "exec"), names)
+    else:
+        assert language == "bash", f"a block of {language} is not run by this test"
+        for line in text.replace("\\\n", " ").splitlines():
+            command, *arguments = shlex.split(line, comments=True)
+            assert command == "automodel"
+            assert main(arguments) == 0, line
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_guide(guide: Path, checkpoint: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "my-model")
+    shutil.copy(rows, "orders.jsonl")
+    blocks = BLOCK.findall(guide.read_text())
+    assert blocks
+    names: dict[str, object] = {"__name__": "guide"}
+    try:
+        for language, text in blocks:
+            run_block(language, text, names)
+    finally:
+        registry.MODEL_ARCH_MAPPING.pop("MyForCausalLM", None)
+
+
+def test_readme_shows_commands_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    commands = set(re.findall(r"automodel (\w+)", text))
+    assert commands >= {"quickstart", "train", "generate", "convert"}
+    assert commands <= {"quickstart", "train", "generate", "convert"}
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
