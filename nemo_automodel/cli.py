@@ -17,6 +17,12 @@ _TRAIN_INTRO = (
 )
 
 
+_OUT_OF_MEMORY = (
+    "lower train.micro_batch_size (gradients accumulate, the result is the same) or data.max_length, or set "
+    "model.gradient_checkpointing true; a resumed run goes on from its last checkpoint"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``automodel`` with ``arguments`` (default: the process's own); returns the exit status.
 
@@ -33,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("automodel: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            print(f"automodel: out of GPU memory: {_OUT_OF_MEMORY}", file=sys.stderr)
+            return 2
         if not _is_for_the_user(error) or os.environ.get("AUTOMODEL_TRACEBACK"):
             raise
         print(f"automodel: {error}\n(AUTOMODEL_TRACEBACK=1 shows where this came from)", file=sys.stderr)
@@ -40,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether the message says it all. Other errors are defects, and keep their traceback."""
+    """Whether the error's type is one that bad input raises; other types are defects, and keep their traceback."""
     from nemo_automodel.components.checkpoint import CheckpointError
     from nemo_automodel.recipes.train import TrainingError
 

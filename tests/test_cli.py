@@ -51,8 +51,11 @@ def test_train_generate_and_print_config(
     ("words", "message"),
     [
         (["train", "missing.yaml"], "missing.yaml"),
-        (["train", "--optim.lrr", "1"], "optim.lr"),
-        (["train", "--output_dir", "x", "--model.path", "nowhere/../x/y", "--data.train", "t.jsonl"], "not a checkpoint"),
+        (["train", "--optim.lrr", "1"], "did you mean optim.lr?"),
+        (
+            ["train", "--output_dir", "x", "--model.path", "nowhere/../x/y", "--data.train", "t.jsonl"],
+            "not a checkpoint",
+        ),
         (["generate", "./nowhere", "--prompt", "hi"], "nowhere is not a checkpoint folder"),
         (["convert", "nothing.gguf", "--out", "x"], "nothing.gguf does not exist"),
     ],
@@ -68,7 +71,16 @@ def test_bad_input_is_one_message_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("AUTOMODEL_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="does not exist"):
-        main(["convert", str(tmp_path / "no.gguf"), "--out", "x"])
+def test_tracebacks_are_for_defects_and_for_who_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["convert", str(tmp_path / "no.gguf"), "--out", "x"]
+    with monkeypatch.context() as patch:
+        patch.setenv("AUTOMODEL_TRACEBACK", "1")
+        with pytest.raises(ValueError, match="does not exist"):
+            main(words)
+
+    def defect(*arguments: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("nemo_automodel._transformers.tokenizer.convert_gguf", defect)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(words)

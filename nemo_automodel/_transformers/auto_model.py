@@ -1,9 +1,9 @@
 """Load or build a model by its config's architecture, ours where it is registered, else transformers' own."""
 
-import copy
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,12 +20,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nemo_automodel._transformers import registry
+from nemo_automodel.components.checkpoint import CheckpointError
 from nemo_automodel.components.models.common.backend import BackendConfig
-from nemo_automodel.components.models.common.hf_checkpointing_mixin import fetch, resolve_dtype
+from nemo_automodel.components.models.common.pretrained import (
+    default_dtype,
+    fetch,
+    overridden,
+    pop_hub_options,
+    resolve_dtype,
+)
 
 logger = logging.getLogger(__name__)
-
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
 
 class _NeMoAutoModel:
@@ -72,27 +77,18 @@ class _NeMoAutoModel:
             CheckpointError: the checkpoint is missing, damaged, or does not fit the config.
             ValueError: the checkpoint needs ``trust_remote_code``, or the architecture is not of this task.
         """
-        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        folder = fetch(pretrained_model_name_or_path, **hub)
-        overrides = kwargs
+        hub = pop_hub_options(kwargs)
+        folder = fetch(pretrained_model_name_or_path, code=trust_remote_code, **hub)
         if config is None:
-            config, overrides = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **kwargs
-            )
-        if overrides:
-            raise TypeError(f"{cls.__name__}.from_pretrained got an unknown option {next(iter(overrides))!r}")
-        config = copy.deepcopy(config)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = overridden(config, kwargs)
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         dtype = dtype if dtype is not None else torch_dtype
         if (model_class := cls._resolve(config)) is not None:
             model = model_class.from_pretrained(folder, config=config, dtype=dtype, backend=backend, device=device)
         else:
-            model = cls._fallback.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype if dtype is not None else "auto",
-                trust_remote_code=trust_remote_code,
-            ).to(device)
+            model = cls._load_transformers_own(folder, config, backend, dtype or "auto", trust_remote_code)
+            model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return model
 
@@ -120,21 +116,47 @@ class _NeMoAutoModel:
             trust_remote_code: as for `from_pretrained`.
         """
         if isinstance(config, str | os.PathLike):
-            config = AutoConfig.from_pretrained(fetch(config), trust_remote_code=trust_remote_code)
-        config = copy.deepcopy(config)
-        assert isinstance(config, PreTrainedConfig)
+            folder = fetch(config, weights=False, code=trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be a PreTrainedConfig, a folder or a Hub id, not {type(config).__name__}")
+        config = overridden(config, {})
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         resolved = resolve_dtype(dtype if dtype is not None else torch_dtype, config, None)
         model_class = cls._resolve(config)
         if model_class is None:
+            _refuse_kernels(config, backend)
             return cls._fallback.from_config(config, dtype=resolved, trust_remote_code=trust_remote_code).to(device)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(resolved)
+        with default_dtype(resolved), torch.device(device):
+            return model_class.from_config(config, backend=backend)
+
+    @classmethod
+    def _load_transformers_own(
+        cls,
+        folder: Path,
+        config: PreTrainedConfig,
+        backend: BackendConfig,
+        dtype: torch.dtype | str,
+        trust_remote_code: bool,
+    ) -> PreTrainedModel:
+        """transformers would start a missing tensor at random, and read a pickle: here both are errors."""
+        _refuse_kernels(config, backend)
         try:
-            with torch.device(device):
-                return model_class.from_config(config, backend=backend)
-        finally:
-            torch.set_default_dtype(before)
+            model, info = cls._fallback.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        heads = ("score.", "classifier.") if cls._suffix != "ForCausalLM" else ()
+        missing = [key for key in info["missing_keys"] if not key.startswith(heads or ("\0",))]
+        if problems := [*missing, *info["mismatched_keys"]]:
+            raise CheckpointError(f"{folder} does not fit the model: missing or of another shape: {problems[:8]}")
+        return model
 
     @classmethod
     def _resolve(cls, config: PreTrainedConfig) -> Any:
@@ -153,6 +175,16 @@ class _NeMoAutoModel:
                 ", ".join(registry.architectures()),
             )
         return model_class
+
+
+def _refuse_kernels(config: PreTrainedConfig, backend: BackendConfig) -> None:
+    defaults = BackendConfig()
+    for name in ("linear", "rms_norm", "rope_fusion"):
+        if getattr(backend, name) != getattr(defaults, name):
+            raise ValueError(
+                f"backend.{name}={getattr(backend, name)!r} has no effect on transformers' own class for "
+                f"{config.model_type!r}; leave it out"
+            )
 
 
 class NeMoAutoModelForCausalLM(_NeMoAutoModel):

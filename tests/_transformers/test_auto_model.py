@@ -89,8 +89,11 @@ def test_what_is_refused(checkpoint):
     for build in (auto.from_pretrained, LlamaForCausalLM.from_pretrained, auto.from_config):
         with pytest.raises(TypeError, match="atn_implementation"):
             build(checkpoint, atn_implementation="sdpa")
-    with pytest.raises(TypeError, match="unknown option 'rms_norm_eps'"):
-        auto.from_pretrained(checkpoint, config=tiny(), rms_norm_eps=1.0)
+    for load in (auto.from_pretrained, LlamaForCausalLM.from_pretrained):
+        with pytest.raises(TypeError, match=r"unknown option 'device_map'.*say device="):
+            load(checkpoint, config=tiny(), device_map="auto")
+    with pytest.raises(TypeError, match="config must be a PreTrainedConfig"):
+        auto.from_config({"model_type": "llama"})
     with pytest.raises(ValueError, match=r"backend\.atn"):
         auto.from_pretrained(checkpoint, backend={"atn": "sdpa"})
     with pytest.raises(ValueError, match="no_such_attention"):

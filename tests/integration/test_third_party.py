@@ -94,7 +94,14 @@ def test_peft_adapts_the_fused_projections(checkpoint: Path) -> None:  # noqa: F
     assert (logits - plain).abs().max() > 1e-3
     # under Hugging Face's names the same adapter fits the separate projections
     tensors = model.state_dict_adapter.to_hf(get_peft_model_state_dict(adapted))
-    assert {key.split(".")[-3] for key in tensors} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {key.split(".")[-3] for key in tensors} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     merged = copy.deepcopy(adapted).merge_and_unload()
     assert_near(merged(ids).logits, logits)
 

@@ -33,14 +33,14 @@ def write_checkpoint(folder: Path, **changes: Any) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
-    options = {"tie_word_embeddings": True, "vocab_size": len(fast), "eos_token_id": 1, "bos_token_id": None, **changes}
+    options = {"tie_word_embeddings": True, "vocab_size": len(fast), "eos_token_id": 1, "bos_token_id": None}
+    options |= {"max_position_embeddings": 256, **changes}
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
         **options,
     )
     torch.manual_seed(0)

@@ -74,14 +74,14 @@ def test_records_are_compact_json_that_the_message_supports(make: Any, split: di
         assert exact_match(answer, answer)
         assert tuple(record) == FIELDS
         assert record["name"] in split["names"]
-        assert record["item"] in split["items"]
+        assert record["item"] in split["items"] or record["item"] in map(plural, split["items"])
         assert record["day"] in DAYS
         assert record["colour"] is None or record["colour"] in split["colours"]
         lower = text.lower()
         assert "{" not in text
         assert record["name"] in text
         assert record["day"] in text
-        assert record["item"] in lower or plural(record["item"]) in lower
+        assert record["item"] in lower
         assert record["colour"] is None or record["colour"] in lower
         quantity = record["quantity"]
         spellings = [

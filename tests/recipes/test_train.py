@@ -154,10 +154,53 @@ def test_another_configuration_in_the_same_folder_is_refused(overrides: Override
 
 
 def test_a_folder_with_a_run_but_no_checkpoint_is_refused(overrides: Overrides, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "hf").mkdir(parents=True)
     with pytest.raises(ValueError, match="choose another folder"):
         run(overrides())
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(overrides: Overrides, tmp_path: Path) -> None:
+    training = recipe.Run(load_config(TrainConfig, None, overrides(train__max_steps=2)), lambda line: None)
+    training.metrics.log(1, **training.step(1))
+    run(overrides(train__max_steps=2))
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_the_best_checkpoint_is_judged_by_its_own_validation(overrides: Overrides, rows: Path, tmp_path: Path) -> None:
+    run(overrides(data__validation=rows, train__max_steps=6, train__validate_every=3, train__save_every=2))
+    states = sorted((tmp_path / "run" / "checkpoints").glob("*/state.json"))
+    metrics = {state.parent.name[-1]: json.loads(state.read_text())["metric"] for state in states}
+    assert metrics["4"] is None  # validated at 3 and 6, saved at 2, 4 and 6
+    assert metrics["6"] is not None
+
+
+def test_an_attention_that_mixes_packed_documents_is_refused(
+    overrides: Overrides, checkpoint: Path, tmp_path: Path
+) -> None:
+    """OPT in transformers reads no document borders from position_ids."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=300, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=40
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "opt")
+    with pytest.raises(ValueError, match=r"data\.packing=true: with OPTForCausalLM .* see each other"):
+        run(overrides(model__path=tmp_path / "opt", data__packing="true", data__max_length=128))
+
+
+def test_examples_longer_than_the_models_positions_are_refused(overrides: Overrides, tmp_path: Path) -> None:
+    short = write_checkpoint(tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(ValueError, match=r"longest example has \d+ tokens, but .*max_position_embeddings is 16"):
+        run(overrides(model__path=short))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model__path", "/nowhere/x"), ("data__train", "no.jsonl"), ("data__chat_template", "no.jinja")]
+)
+def test_a_missing_file_is_named_with_its_key(overrides: Overrides, key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key.replace('__', '.')}: .*{value.split('.')[0]}"):
+        run(overrides(**{key: value}))
 
 
 def test_nan_stops_before_the_weights_change(overrides: Overrides, tmp_path: Path) -> None:
@@ -186,9 +229,7 @@ def test_pretraining_starts_from_the_config_alone(overrides: Overrides, checkpoi
     (tmp_path / "empty").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "empty" / name).write_bytes((checkpoint / name).read_bytes())
-    words = overrides(
-        model__path=tmp_path / "empty", model__from_scratch="true", data__train=text, train__max_steps=30
-    )
+    words = overrides(model__path=tmp_path / "empty", model__from_scratch="true", data__train=text, train__max_steps=30)
     assert run(words).loss < 0.5 * losses(tmp_path / "run")[0]
 
 

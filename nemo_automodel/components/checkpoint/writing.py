@@ -89,21 +89,18 @@ def publish_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]
         if merge:
             _move_into(aside, folder)
         else:
-            discard(folder)
+            old = _hide(folder)
             aside.rename(folder)
             _sync_path(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
 def discard(folder: Path) -> None:
-    """Delete ``folder``, where there is one, so that it is gone at once and never found half deleted."""
-    if folder.exists():
-        hidden = folder.parent / f".{folder.name}.discarded"
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+    """Delete ``folder`` so that it is gone at once and never found half deleted."""
+    shutil.rmtree(_hide(folder))
 
 
 def parse_size(size: int | str) -> int:
@@ -120,6 +117,14 @@ def parse_size(size: int | str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+def _hide(folder: Path) -> Path:
+    hidden = folder.parent / f".{folder.name}.discarded"
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        folder.rename(hidden)
+    return hidden
+
+
 def _move_into(aside: Path, folder: Path) -> None:
     if (aside / INDEX).is_file():
         _rename_clashing_shards(aside, folder)
@@ -131,8 +136,7 @@ def _move_into(aside: Path, folder: Path) -> None:
     for name in sorted(new, key=lambda name: (name == INDEX, name.endswith(".json"), name)):
         os.replace(aside / name, folder / name)
     _sync_path(folder)
-    # model.safetensors and the index first: either decides which weights are read
-    for file in sorted(stale, key=lambda file: file.name not in (SINGLE, INDEX)):
+    for file in stale:
         file.unlink()
 
 
@@ -158,6 +162,11 @@ def _is_weights(name: str) -> bool:
 
 
 def _sync(folder: Path) -> None:
+    """Flush to disk; and safetensors makes files that only their owner may read, whatever the umask says."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
     for path in (*folder.rglob("*"), folder):
         _sync_path(path)
 

@@ -106,7 +106,8 @@ class MasterAdamW:
         tensors = {
             f"{key}.{name}": value
             for name, master in self.masters.items()
-            for key, value in self._adamw.state[master].items()
+            # without a gradient so far there is no state yet: step 0 says so
+            for key, value in (self._adamw.state.get(master) or {"step": torch.zeros(())}).items()
         }
         return tensors | {f"master.{name}": self.masters[name] for name in self.masters if self._has_master(name)}
 
@@ -118,11 +119,9 @@ class MasterAdamW:
             KeyError: the tensors belong to another set of parameters.
         """
         for name, master in self.masters.items():
-            state = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                saved = tensors[f"{key}.{name}"]
-                state[key] = saved.clone() if key == "step" and not master.is_cuda else saved.to(master.device).clone()
-            self._adamw.state[master] = state
+            if tensors[f"step.{name}"] > 0:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self._adamw.state[master] = {key: tensors[f"{key}.{name}"].to(master.device).clone() for key in keys}
             if self._has_master(name):
                 master.copy_(tensors[f"master.{name}"])
         self._round_masters()

@@ -105,7 +105,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, layout: Layout) -> list[str
     """Freeze ``model`` and put adapters on the targeted projections; returns the adapted modules' names.
 
     Raises:
-        ValueError: a target that is no projection of the model; the message lists those there are.
+        ValueError: a target that is no projection of the model (the message lists those there are), or none at all.
     """
     head = _output_head(model)
     linears = {
@@ -127,6 +127,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, layout: Layout) -> list[str
         if targets:
             model.set_submodule(name, LoRALinear(linear, leaf, targets, layout.fusion_of(name), config))
             adapted.append(name)
+    if not adapted:
+        raise ValueError("LoRA found no linear projection to adapt in this model")
     return adapted
 
 

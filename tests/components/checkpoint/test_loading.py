@@ -1,6 +1,7 @@
 """Loading through the public classes: equal to transformers where the checkpoint fits, one clear error where not."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import re
@@ -79,7 +80,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("piece", [1, 100, loading.PIECE])
+@pytest.mark.parametrize("piece", [100, loading.PIECE])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_equal_transformers_whatever_the_pieces(tmp_path, monkeypatch, name, piece):
     monkeypatch.setattr(loading, "PIECE", piece)
@@ -175,7 +176,7 @@ MISFITS = {
     "missing q": ({Q: None}, {}, [f"{Q}: missing"]),
     "missing k": ({K: None}, {}, [f"{K}: missing"]),
     "missing v": ({V: None}, {}, [f"{V}: missing"]),
-    "all of q, k, v missing": ({Q: None, K: None, V: None}, {}, [f"{ATTENTION}{p}_proj.weight: missing" for p in "qkv"]),
+    "q, k and v missing": ({Q: None, K: None, V: None}, {}, [f"{name}: missing" for name in (Q, K, V)]),
     "shape": ({O: torch.ones(32, 31)}, {}, [f"{O}: shape [32, 31] where the config asks for [32, 32]"]),
     "dimensions": ({O: torch.ones(32)}, {}, [f"{O}: shape [32] where"]),
     "shape that broadcasts": ({K: torch.ones(16, 1)}, {}, [f"{K}: shape [16, 1] where"]),
@@ -191,7 +192,7 @@ MISFITS = {
     "several": (
         {"model.x": torch.ones(1), Q: None, O: torch.ones(1), "model.norm.weight": torch.ones(32, dtype=torch.int8)},
         {},
-        ["model.x: not used", "q_proj.weight: missing", "o_proj.weight: shape [1]", "norm.weight: stored as torch.int8"],
+        ["model.x: not used", f"{Q}: missing", f"{O}: shape [1] where", "model.norm.weight: stored as torch.int8"],
     ),
     "very many": ({f"model.x{i}": torch.ones(1) for i in range(20)}, {}, ["model.x0: not used", "and 12 more"]),
 }  # fmt: skip
@@ -217,7 +218,7 @@ def test_misfits_are_named_all_at_once(tmp_path, name):
             ValueError,
             "num_attention_heads=3 is not",
         ),
-        ({"atn_implementation": "sdpa"}, TypeError, "unknown option 'atn_implementation'"),
+        ({"atn_implementation": "sdpa"}, TypeError, "'atn_implementation'"),
         ({"dtype": "int8"}, ValueError, "dtype='int8' is not a floating-point dtype"),
     ],
 )
@@ -279,6 +280,14 @@ def test_tied_heads_are_what_transformers_makes_of_them(tmp_path, name, load):
     assert_same_weights(again, AutoModelForCausalLM.from_pretrained(tmp_path / "b"))
 
 
+def test_a_head_untied_by_hand_is_written_and_kept_apart(tmp_path):
+    save_hf(tmp_path, tiny(tie_word_embeddings=True))
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    model.save_pretrained(tmp_path)
+    assert_same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def test_both_tied_weights_missing(tmp_path):
     save_hf(tmp_path, tiny(tie_word_embeddings=True))
     edit(tmp_path, {EMBEDDING: None})
@@ -329,6 +338,7 @@ def test_memory_peaks_at_the_model_and_its_largest_tensor(tmp_path, dtype):
     config = tiny(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=32000, head_dim=64)
     save_hf(tmp_path, config, torch.bfloat16, max_shard_size="40MB")
     LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)  # what the first load of a process brings in stays out
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is freed but kept would hide what is taken from it
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)

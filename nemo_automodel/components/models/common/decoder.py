@@ -125,6 +125,10 @@ class DecoderModel(DecoderPreTrainedModel):
         modules = {name.replace("layers.0.", "layers.*.") for name, _ in self.layers.named_modules(prefix="layers")}
         self._tp_plan = {name: style for name, style in LAYER_TP_PLAN.items() if name in modules}
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the backbone alone would be saved under names that nothing else reads."""
+        raise TypeError("save the whole model (model.save_pretrained), not its backbone")
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -158,27 +162,15 @@ class DecoderModel(DecoderPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             _refuse_packed_with_mask(position_ids, attention_mask)
-        cached = past_key_values  # packed documents are looked for only where this is None: a new cache is empty
+        cached = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
 
-        masks: dict[str, Any]
-        if isinstance(attention_mask, dict):
-            masks = attention_mask
-        else:
-            masks = {
-                layer_type: MASKS[layer_type](
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=cached,
-                    position_ids=position_ids,
-                )
-                for layer_type in sorted(set(self.spec.layer_types))
-            }
+        # transformers looks for packed documents only where it is given no cache; one made just now is empty
+        masks = self._masks(inputs_embeds, attention_mask, cached, position_ids)
         hidden_states = inputs_embeds
         if self.spec.embedding_multiplier != 1.0:
             hidden_states = hidden_states * self.spec.embedding_multiplier
@@ -196,6 +188,27 @@ class DecoderModel(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor,
+    ) -> dict[str, Any]:
+        """The mask of each layer type, in the form that the attention implementation in use takes."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return {
+            layer_type: MASKS[layer_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for layer_type in sorted(set(self.spec.layer_types))
+        }
 
 
 def _refuse_packed_with_mask(position_ids: Tensor, attention_mask: Tensor) -> None:

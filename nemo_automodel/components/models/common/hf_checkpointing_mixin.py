@@ -1,6 +1,5 @@
 """Hugging Face checkpoints in and out of models that hold fused parameters."""
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,15 @@ from nemo_automodel.components.checkpoint import (
 from nemo_automodel.components.checkpoint.loading import assign, matches
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    HEAD,
     CombinedProjectionStateDictAdapter,
+)
+from nemo_automodel.components.models.common.pretrained import (
+    default_dtype,
+    fetch,
+    overridden,
+    pop_hub_options,
+    resolve_dtype,
 )
 
 if TYPE_CHECKING:
@@ -31,8 +38,6 @@ else:
 
 logger = logging.getLogger(__name__)
 
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 # Llama checkpoints of 2023 carry RoPE tables, which are always computed from the config here
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$",)
 
@@ -87,20 +92,18 @@ class HFCheckpointingMixin(_Base):
             CheckpointError: the checkpoint is missing, damaged, or does not fit the config; nothing was built.
             TypeError: an option that is neither known nor a field of the config.
         """
-        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        folder = fetch(pretrained_model_name_or_path, **hub)
+        folder = fetch(pretrained_model_name_or_path, **pop_hub_options(kwargs))
         if config is None:
             assert cls.config_class is not None, f"{cls.__name__} must set config_class"
-            config, unused = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-            if unused:
-                raise TypeError(f"{cls.__name__}.from_pretrained got an unknown option {next(iter(unused))!r}")
+            config = cls.config_class.from_pretrained(folder)
+        config = overridden(config, kwargs)
         if getattr(config, "quantization_config", None):
             raise CheckpointError(f"{folder}: config.json has a quantization_config; quantized weights are not read")
         reader = SafetensorsReader(folder)
-        config = copy.deepcopy(config)
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         dtype = resolve_dtype(dtype if dtype is not None else torch_dtype, config, reader)
-        model = cls._on_meta(config, backend, dtype)
+        with default_dtype(dtype), torch.device("meta"):
+            model = cls.from_config(config, backend=backend)
         model._fill(reader, dtype, device)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -128,6 +131,7 @@ class HFCheckpointingMixin(_Base):
 
         Raises:
             TypeError: an option that would change what is written.
+            ValueError: adapters in the model, or in the folder, that a plain checkpoint would lose or be changed by.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             state = None if state_dict is None else dict(state_dict)
@@ -138,7 +142,17 @@ class HFCheckpointingMixin(_Base):
             raise TypeError(f"save_pretrained does not take {unknown[0]!r} (to upload: model.push_to_hub(repo))")
         if not is_main_process:
             return
+        if (Path(save_directory) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{save_directory} holds an adapter, which transformers would put on top of the weights saved beside "
+                "it; choose another folder, or move the adapter away"
+            )
         state = dict(self.state_dict() if state_dict is None else state_dict)
+        if adapters := [name for name in state if ".lora_" in name]:
+            raise ValueError(
+                f"{adapters[0]}: a plain checkpoint has no place for adapters, and would be the model without them; "
+                "fold them in first (merge_lora), or save them alone (save_adapter)"
+            )
         for target, source in self.all_tied_weights_keys.items():
             # whether the head is tied is read off the parameters themselves, not off the config
             if self.get_parameter(target) is self.get_parameter(source):
@@ -163,27 +177,32 @@ class HFCheckpointingMixin(_Base):
         layout = self.state_dict_adapter.layout
         if not any(layout.locate(key).fusion for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if strict:
-            return super().load_state_dict(self.state_dict_adapter.from_hf(state_dict), strict=True, assign=assign)
         current, own = self.state_dict(), {}
+        if strict:
+            own = self.state_dict_adapter.from_hf(state_dict)
+            if HEAD not in state_dict and HEAD not in current:  # a classifier has no head to tie
+                own.pop(HEAD, None)
+            return super().load_state_dict(own, strict=True, assign=assign)
+        absent: list[str] = []
         for key, value in state_dict.items():
             place = layout.locate(key)
             if place.fusion is None or place.own not in current:
                 own[key] = value
-            else:
-                fused = own.setdefault(place.own, current[place.own].clone())
-                place.fusion.write_part(fused, place.part, value)
-        return super().load_state_dict(own, strict=False, assign=assign)
+                continue
+            if place.own not in own:
+                own[place.own] = self._rows_to_fill(current[place.own], value)
+                absent += [name for name in layout.hf_keys(place.own) if name not in state_dict]
+            place.fusion.write_part(own[place.own], place.part, value)
+        loaded = super().load_state_dict(own, strict=False, assign=assign)
+        loaded.missing_keys.extend(absent)
+        return loaded
 
-    @classmethod
-    def _on_meta(cls, config: PreTrainedConfig, backend: BackendConfig, dtype: torch.dtype) -> Self:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                return cls.from_config(config, backend=backend)
-        finally:
-            torch.set_default_dtype(before)
+    @staticmethod
+    def _rows_to_fill(current: Tensor, like: Tensor) -> Tensor:
+        """A fused tensor whose absent parts keep the values they have; NaN where they have none yet."""
+        if current.is_meta:
+            return torch.full(current.shape, float("nan"), dtype=current.dtype, device=like.device)
+        return current.clone()
 
     def _fill(self, reader: SafetensorsReader, dtype: torch.dtype, device: torch.device | str) -> None:
         if _overrides(self.state_dict_adapter, "from_hf"):
@@ -258,50 +277,6 @@ class HFCheckpointingMixin(_Base):
             return
         for own, tensor in state.items():
             yield from self.state_dict_adapter.to_hf({own: tensor}).items()
-
-
-def fetch(path: str | os.PathLike[str], **hub: Any) -> Path:
-    """The local folder of a checkpoint: ``path`` itself, or the Hub's files of that id, downloaded once.
-
-    Raises:
-        CheckpointError: neither a folder nor an id that the Hub gives out.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            SafetensorsReader(folder)  # which says what the folder holds instead of a checkpoint
-        return folder
-    if folder.suffix == ".gguf":
-        raise CheckpointError(f"{folder}: run `automodel convert {folder} --out DIR` and load DIR")
-    if folder.exists() or folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
-        raise CheckpointError(f"{folder} is not a checkpoint folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES, **hub))
-    except Exception as error:  # the hub client raises a dozen unrelated types, offline ones included
-        raise CheckpointError(
-            f"{path!s} is not a local folder, and the Hub did not give it out: {type(error).__name__}: {error}"
-        ) from error
-
-
-def resolve_dtype(
-    dtype: torch.dtype | str | None, config: PreTrainedConfig, reader: SafetensorsReader | None
-) -> torch.dtype:
-    """The dtype asked for; for None and "auto" the config's, else that of the checkpoint's first float tensor.
-
-    Raises:
-        ValueError: not the name of a floating-point dtype.
-    """
-    if dtype in (None, "auto"):
-        dtype = config.dtype
-    if dtype is None:
-        stored = (reader.dtype(key) for key in reader) if reader is not None else iter(())
-        dtype = next((found for found in stored if found.is_floating_point), torch.float32)
-    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is not a floating-point dtype such as 'float32' or 'bfloat16'")
-    return resolved
 
 
 def _overrides(adapter: Any, method: str) -> bool:

@@ -121,7 +121,10 @@ class CombinedProjectionStateDictAdapter:
 
     def _deinterleave(self, fusion: Fusion, fused: Tensor) -> list[Tensor]:
         whole, original = self._gather_1d_bias(fused)
-        return [self._restore_1d_bias(part.contiguous(), original) for part in fusion.split(whole)]
+        parts = [part.contiguous() for part in fusion.split(whole)]
+        if whole.shape[0] == fusion.group:  # a single group's parts are views: an edit would reach the model
+            parts = [part.clone() for part in parts]
+        return [self._restore_1d_bias(part, original) for part in parts]
 
     def _shared(self, own: str, parts: list[Tensor]) -> Tensor:
         first, *others = parts

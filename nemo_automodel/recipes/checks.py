@@ -1,0 +1,107 @@
+"""What is checked before a training starts, so that nothing long begins in vain and nothing goes wrong in silence."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_automodel.components.checkpoint import CheckpointError
+from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from nemo_automodel.recipes.train import TrainConfig
+
+# what may differ between a run and its resumption: cadence, place, and how a batch is cut up
+_FREE = ("validate_every", "save_every", "keep_last", "log_every", "device", "micro_batch_size")
+
+
+@contextmanager
+def blame(key: str) -> Iterator[None]:
+    """Put the configuration's key in front of an error in what it names."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
+        raise kind(f"{key}: {error}") from error
+
+
+def check_same_run(config: "TrainConfig", resumed: TrainingCheckpoint | None) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        CheckpointError: its checkpoint has another configuration; the message lists what differs.
+        ValueError: it has a trained model but no checkpoint to resume from.
+    """
+    if resumed is None:
+        if (config.output_dir / "hf").exists():
+            raise ValueError(
+                f"output_dir={config.output_dir} holds a trained model and no checkpoint to resume from; choose "
+                "another folder, or move that one away"
+            )
+        return
+    before, now = _flat(resumed.state["config"]), _flat(identity(config))
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    if changed:
+        lines = [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed]
+        raise CheckpointError(
+            f"output_dir={config.output_dir} holds a run with another configuration; choose another folder, or set "
+            "these back to resume it:\n  " + "\n  ".join(lines)
+        )
+
+
+def identity(config: "TrainConfig") -> dict[str, Any]:
+    """What must not change between a run and its resumption, as JSON values."""
+    values = json.loads(json.dumps(asdict(config), default=str))
+    values.pop("output_dir")
+    for name in _FREE:
+        values["train"].pop(name)
+    return values
+
+
+def check_lengths(longest: int, config: "PreTrainedConfig") -> None:
+    """Refuse examples longer than the positions the model is made for.
+
+    Raises:
+        ValueError: naming both, and what to change.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"the longest example has {longest} tokens, but the model's max_position_embeddings is {limit}: lower "
+            "data.max_length, or raise it in the checkpoint's config.json if the model is to learn longer texts"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: "PreTrainedModel", device: torch.device) -> None:
+    """Try on two toy documents in one row whether the second sees the first.
+
+    Which attention implementations read document borders from ``position_ids`` is not written down anywhere, so it is
+    measured on the model itself.
+
+    Raises:
+        ValueError: it does; packing would train on attention across documents.
+    """
+    was_training = model.training
+    model.eval()
+    rows = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [6, 3, 4, 7, 7, 8, 9]], device=device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
+    one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows)
+    model.train(was_training)
+    if not torch.equal(one[:, 4:], other[:, 4:]):
+        raise ValueError(
+            f"data.packing=true: with {type(model).__name__} and attention {model.config._attn_implementation!r} "
+            "packed documents see each other; set data.packing=false"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
