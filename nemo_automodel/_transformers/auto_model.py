@@ -39,6 +39,7 @@ class _NeMoAutoModel:
     _suffix: ClassVar[str]
     _fallback: ClassVar[Any]
     _by_model_type: ClassVar[Mapping[str, str]]
+    _new_heads: ClassVar[tuple[str, ...]] = ()  # parameters that a checkpoint of another task need not have
 
     def __init__(self) -> None:
         raise TypeError(f"use {type(self).__name__}.from_pretrained(path) or .from_config(config)")
@@ -152,8 +153,7 @@ class _NeMoAutoModel:
             )
         except OSError as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        heads = ("score.", "classifier.") if cls._suffix != "ForCausalLM" else ()
-        missing = [key for key in info["missing_keys"] if not key.startswith(heads or ("\0",))]
+        missing = [key for key in info["missing_keys"] if not key.startswith(cls._new_heads)]
         if problems := [*missing, *info["mismatched_keys"]]:
             raise CheckpointError(f"{folder} does not fit the model: missing or of another shape: {problems[:8]}")
         return model
@@ -201,3 +201,4 @@ class NeMoAutoModelForSequenceClassification(_NeMoAutoModel):
     _suffix = "ForSequenceClassification"
     _fallback = AutoModelForSequenceClassification
     _by_model_type = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    _new_heads = ("score.", "classifier.")
