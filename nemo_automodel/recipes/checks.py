@@ -49,8 +49,9 @@ def check_same_run(config: "TrainConfig", resumed: TrainingCheckpoint | None) ->
     if changed:
         lines = [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed]
         raise CheckpointError(
-            f"output_dir={config.output_dir} holds a run with another configuration; choose another folder, or set "
-            "these back to resume it:\n  " + "\n  ".join(lines)
+            f"output_dir={config.output_dir} holds a run with another configuration; set these back to resume it, or "
+            f"choose another folder (with model.path={config.output_dir / 'hf'} to train its model further):\n  "
+            + "\n  ".join(lines)
         )
 
 

@@ -28,6 +28,7 @@ from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, load_adapter_tensors, merge_lora, save_adapter
 from nemo_automodel.config import arg, dump_config, required
 from nemo_automodel.recipes.checks import blame, check_lengths, check_packing, check_same_run, identity
+from nemo_automodel.recipes.interrupts import stop_requests
 from nemo_automodel.recipes.progress import Progress
 
 if TYPE_CHECKING:
@@ -141,10 +142,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
     Raises:
         CheckpointError: the model, or a checkpoint to resume from, cannot be used.
         TrainingError: the loss or the gradients are not finite any more.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step under way is done and saved.
         ValueError: the data cannot be used, or ``config`` is not the one this folder's run began with.
     """
     run = Run(config, say)
-    with Progress(run.done, run.total_steps, say) as progress:
+    with Progress(run.done, run.total_steps, say) as progress, stop_requests() as stop_requested:
         for step in range(run.done + 1, run.total_steps + 1):
             row = run.step(step)
             if run.is_due(step, config.train.validate_every or run.stream.batches_per_epoch) and run.validation:
@@ -152,8 +154,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
             if run.is_due(step, config.train.log_every) or "val_loss" in row:
                 run.metrics.log(step, **row)
             progress.update(step, row)
-            if run.is_due(step, config.train.save_every or run.stream.batches_per_epoch):
+            if stop_requested() or run.is_due(step, config.train.save_every or run.stream.batches_per_epoch):
                 run.save(step)
+            if stop_requested() and step < run.total_steps:
+                say(f"stopped after step {step}, which is saved; the same command goes on from there")
+                raise KeyboardInterrupt
     return run.finish()
 
 

@@ -1,6 +1,8 @@
 """The training loop against an independent one, and what it promises: resume, export, refusals."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,29 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(overrides: Over
     assert len(losses(tmp_path / "run")) == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_under_way(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    run(overrides("whole", train__max_steps=4, train__save_every=4))
+    step = recipe.Run.step
+
+    def signalled(self: recipe.Run, at: int) -> dict[str, float]:
+        if at == 2:
+            os.kill(os.getpid(), number)
+        return step(self, at)
+
+    monkeypatch.setattr(recipe.Run, "step", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides(train__max_steps=4, train__save_every=4))
+    assert signal.getsignal(number) is before
+    monkeypatch.setattr(recipe.Run, "step", step)
+    assert len(losses(tmp_path / "run")) == 2
+    run(overrides(train__max_steps=4, train__save_every=4))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
 def test_the_best_checkpoint_is_judged_by_its_own_validation(overrides: Overrides, rows: Path, tmp_path: Path) -> None:
     run(overrides(data__validation=rows, train__max_steps=6, train__validate_every=3, train__save_every=2))
     states = sorted((tmp_path / "run" / "checkpoints").glob("*/state.json"))
@@ -252,3 +277,11 @@ def test_an_unregistered_architecture_trains_too(overrides: Overrides, checkpoin
         summary = run(overrides(out, model__path=folder, train__max_steps=6, **lora))
         assert summary.loss < losses(tmp_path / out)[0]
         assert AutoModelForCausalLM.from_pretrained(summary.hf_folder).config.model_type == "gpt_neox"
+
+
+def test_an_empty_answer_is_nothing_to_learn(overrides: Overrides, tmp_path: Path) -> None:
+    rows = tmp_path / "empty.jsonl"
+    messages = [{"role": "user", "content": "what colour?"}, {"role": "assistant", "content": " "}]
+    rows.write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=r"^data\.train: .*no token is supervised"):
+        run(overrides(data__train=rows))

@@ -115,7 +115,11 @@ class Renderer:
             raise ValueError("there are no messages")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = [index for index in assistant if index >= len(before)]
+        # to answer nothing is not a lesson: an empty turn would teach its end alone
+        filled = [
+            i for i in assistant if messages[i].get("tool_calls") or str(messages[i].get("content") or "").strip()
+        ]
+        turns = [index for index in filled if index >= len(before)]
         turns = turns[-1:] if self._config.assistant_turns == "last" else turns
         text = self._render(messages, tools)
         if self._marked_template == self.template:
