@@ -124,8 +124,8 @@ class _Builder:
         if pieces and not any(1 in supervised[piece][1:] for piece in pieces):
             if config.unsupervised == "error":
                 cut = f"what is supervised lies beyond max_length ({config.max_length})"
-                reason = cut if 1 in supervised[1:] else "no assistant turn that says something, or an empty completion or text"
-                raise ValueError(f"no token is supervised: {reason}. Set data.unsupervised to drop to leave such rows out")
+                reason = cut if 1 in supervised[1:] else "no assistant turn, or an empty answer or text"
+                raise ValueError(f"no token is supervised: {reason}. data.unsupervised=drop leaves such rows out")
             audit.dropped_unsupervised += 1
             return
         for piece in pieces:
