@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"automodel {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train by a YAML file (automodel train --help lists every key)")
-    train.set_defaults(run=lambda options: _train([]))
+    # listed here for --help only: main() gives its words to the configuration's own parser
+    commands.add_parser("train", help="train by a YAML file (automodel train --help lists every key)")
 
     quickstart = commands.add_parser(
         "quickstart",

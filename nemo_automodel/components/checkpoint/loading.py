@@ -120,10 +120,15 @@ def _check(
         stored, floating = reader.dtype(key), own[place.own].is_floating_point()
         if stored.is_floating_point != floating or (floating and stored.itemsize == 1):
             problems.append(f"{key}: stored as {stored}; quantized checkpoints are not read")
+    refuse(reader, problems)
+    return excused
+
+
+def refuse(reader: SafetensorsReader, problems: list[str]) -> None:
+    """Raise a CheckpointError that lists the first of the problems and counts the rest; none of them: do nothing."""
     if problems:
         shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(shown))
-    return excused
 
 
 def _named(what: str, keys: list[str]) -> list[str]:

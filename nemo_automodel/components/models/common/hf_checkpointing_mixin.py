@@ -17,7 +17,7 @@ from nemo_automodel.components.checkpoint import (
     publish_folder,
     write_shards,
 )
-from nemo_automodel.components.checkpoint.loading import assign, matches
+from nemo_automodel.components.checkpoint.loading import assign, matches, refuse
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
     HEAD,
@@ -177,12 +177,13 @@ class HFCheckpointingMixin(_Base):
         layout = self.state_dict_adapter.layout
         if not any(layout.locate(key).fusion for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        current, own = self.state_dict(), {}
+        current = self.state_dict()
         if strict:
-            own = self.state_dict_adapter.from_hf(state_dict)
+            whole = self.state_dict_adapter.from_hf(state_dict)
             if HEAD not in state_dict and HEAD not in current:  # a classifier has no head to tie
-                own.pop(HEAD, None)
-            return super().load_state_dict(own, strict=True, assign=assign)
+                whole.pop(HEAD, None)
+            return super().load_state_dict(whole, strict=True, assign=assign)
+        own: dict[str, Tensor] = {}
         absent: list[str] = []
         for key, value in state_dict.items():
             place = layout.locate(key)
@@ -249,8 +250,7 @@ class HFCheckpointingMixin(_Base):
         excused = {target for target, source in self.all_tied_weights_keys.items() if source in state}
         excused |= {key for key in missing if matches(key, self._keys_to_ignore_on_load_missing or ())}
         problems += [f"{key}: missing" for key in sorted(missing - excused)]
-        if problems:
-            raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(problems[:8]))
+        refuse(reader, problems)
         for key, value in state.items():
             assign(self, key, value.to(device, dtype if value.is_floating_point() else value.dtype))
         return missing
