@@ -4,11 +4,11 @@
     python benchmarks/load_time.py --dtype float32     # cast while loading
     python benchmarks/load_time.py --layers 4 --runs 3 # smaller and quicker
     python benchmarks/load_time.py --folder DIR        # a checkpoint of your own
+    python benchmarks/load_time.py --device cuda       # onto a GPU
 
 Every load runs in a fresh process, and the two libraries take turns; the page cache is warm, or empty with ``--cold``.
-transformers leaves a
-parameter whose dtype does not change mapped to the file, and the kernel fetches it when it is used; so three times
-are taken of each load, counted from the call:
+On a CPU transformers leaves a parameter whose dtype does not change mapped to the file, and the kernel fetches it when
+it is used; so three times are taken of each load, counted from the call:
 
 * returned: ``from_pretrained`` is back;
 * read: every page of every parameter has been read as well, as the first forward pass does;
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="load this checkpoint instead of a made-up one")
     parser.add_argument("--dtype", default="bfloat16", help="of the loaded parameters (default bfloat16)")
+    parser.add_argument("--device", default="cpu", help="where the parameters go (default cpu)")
     parser.add_argument("--layers", type=int, default=16, help="decoder layers of the made-up one (default 16)")
     parser.add_argument("--shard-size", default="1GB", help="largest shard of the made-up one (default 1GB)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each load")
@@ -47,13 +48,13 @@ def main() -> None:
     parser.add_argument("--load", choices=LIBRARIES, help=argparse.SUPPRESS)  # what a fresh process does
     args = parser.parse_args()
     if args.load:
-        print(json.dumps(load(args.load, args.folder, args.dtype)))
+        print(json.dumps(load(args.load, args.folder, args.dtype, args.device)))
     elif args.folder:
-        compare(args.folder, args.dtype, args.runs, args.cold)
+        compare(args.folder, args.dtype, args.device, args.runs, args.cold)
     else:
         with tempfile.TemporaryDirectory() as folder:
             make_checkpoint(Path(folder), args.layers, args.shard_size)
-            compare(Path(folder), args.dtype, args.runs, args.cold)
+            compare(Path(folder), args.dtype, args.device, args.runs, args.cold)
 
 
 def make_checkpoint(folder: Path, layers: int, shard_size: str) -> None:
@@ -76,7 +77,7 @@ def make_checkpoint(folder: Path, layers: int, shard_size: str) -> None:
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
 
 
-def load(library: str, folder: Path, dtype: str) -> dict[str, float]:
+def load(library: str, folder: Path, dtype: str, device: str) -> dict[str, float]:
     """Load once: seconds since the call at each of `TIMES`, bytes of the peak and of the weights."""
     import torch
 
@@ -86,21 +87,36 @@ def load(library: str, folder: Path, dtype: str) -> dict[str, float]:
     else:
         from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM as Auto
         from nemo_automodel.components.models.llama import model as _  # noqa: F401
+    where: dict[str, str] = {}
+    if device != "cpu":
+        where = {"device" if library == "nemo_automodel" else "device_map": device}
+        torch.empty(1, device=device)  # nor is the start of the device
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark so far
     before = resident("VmRSS")
     times = []
     start = time.perf_counter()
-    model = Auto.from_pretrained(folder, dtype=dtype)
+    model = Auto.from_pretrained(folder, dtype=dtype, **where)
+    finish(device)
     times.append(time.perf_counter() - start)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.flatten()[:: mmap.PAGESIZE // parameter.itemsize].sum()
+        finish(device)
         times.append(time.perf_counter() - start)
         for parameter in model.parameters():
             parameter.mul_(0.5)
+        finish(device)
         times.append(time.perf_counter() - start)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return {**dict(zip(TIMES, times, strict=True)), "peak": resident("VmHWM") - before, "weights": weights}
+
+
+def finish(device: str) -> None:
+    """Wait for what was queued on the device."""
+    import torch
+
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def resident(field: str) -> int:
@@ -117,7 +133,7 @@ def drop_from_page_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def compare(folder: Path, dtype: str, runs: int, cold: bool) -> None:
+def compare(folder: Path, dtype: str, device: str, runs: int, cold: bool) -> None:
     """Alternate the libraries in fresh processes and print a table."""
     from nemo_automodel.components.checkpoint import SafetensorsReader
 
@@ -126,7 +142,8 @@ def compare(folder: Path, dtype: str, runs: int, cold: bool) -> None:
         for library in LIBRARIES:
             if cold:
                 drop_from_page_cache(folder)
-            command = [sys.executable, __file__, "--load", library, "--folder", str(folder), "--dtype", dtype]
+            command = [sys.executable, __file__, "--load", library, "--folder", str(folder)]
+            command += ["--dtype", dtype, "--device", device]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             if run:  # the first round fills the page cache
                 results[library].append(json.loads(output.splitlines()[-1]))
@@ -138,7 +155,7 @@ def compare(folder: Path, dtype: str, runs: int, cold: bool) -> None:
         * weights
         / sum(math.prod(reader.shape(key)) for key in reader)
     )
-    print(f"{dtype}: weights {weights / MB:.0f} MB, largest tensor {largest / MB:.0f} MB, {runs} runs each")
+    print(f"{dtype} on {device}: weights {weights / MB:.0f} MB, largest tensor {largest / MB:.0f} MB, {runs} runs each")
     print("seconds since the call, median (least):")
     print(f"{'':16}" + "".join(f"{name:>16}" for name in (*TIMES, "peak MB", "peak/weights")))
     for library, rows in results.items():
