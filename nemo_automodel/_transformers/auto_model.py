@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +56,7 @@ class _NeMoAutoModel:
         backend: BackendConfig | Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        prepare: Callable[[Any], None] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a Hugging Face checkpoint into the registered class of its architecture.
@@ -71,6 +72,8 @@ class _NeMoAutoModel:
             backend: a `BackendConfig` or its fields as a dict.
             device: where the parameters go.
             trust_remote_code: run Python code that comes with the checkpoint (never without being asked to).
+            prepare: called with the model before its weights are there, to add adapters or shard it; see
+                `HFCheckpointingMixin.from_pretrained`. (transformers' own classes: after the weights are.)
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the Hub; any other name must be
                 a field of the config, which it overrides.
 
@@ -86,10 +89,14 @@ class _NeMoAutoModel:
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         dtype = dtype if dtype is not None else torch_dtype
         if (model_class := cls._resolve(config)) is not None:
-            model = model_class.from_pretrained(folder, config=config, dtype=dtype, backend=backend, device=device)
+            model = model_class.from_pretrained(
+                folder, config=config, dtype=dtype, backend=backend, device=device, prepare=prepare
+            )
         else:
             model = cls._load_transformers_own(folder, config, backend, dtype or "auto", trust_remote_code)
             model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
+            if prepare is not None:
+                prepare(model)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return model
 

@@ -61,6 +61,23 @@ class Fusion:
         grouped = fused.unflatten(dim, (self._groups_of(fused.shape[dim]), self.group))
         return [part.flatten(dim, dim + 1) for part in grouped.split(self.blocks, dim + 1)]
 
+    def runs(self, part: str, start: int, stop: int) -> list["RowRun"]:
+        """Where rows ``start`` to ``stop`` of the fused projection, a shard's, hold rows of ``part``.
+
+        The cuts need not respect groups or blocks: a block that is cut is a run of its own.
+        """
+        index = self.parts.index(part)
+        before, block = sum(self.blocks[:index]), self.blocks[index]
+        first = max(0, -(-(start - before) // self.group))  # first and last + 1 of the groups whose block is whole
+        last = max(first, (stop - before - block) // self.group + 1)
+        runs = []
+        for group, groups in ((first - 1, 1), (first, last - first), (last, 1)):
+            row = group * self.group + before
+            low, high = max(start, row, 0), min(stop, row + block) if groups == 1 else row + block
+            if groups and group >= 0 and low < high:
+                runs.append(RowRun(low - start, group * block + low - row, groups, high - low, self.group))
+        return runs
+
     def part_view(self, fused: Tensor, part: str) -> Tensor:
         """The rows of ``part`` inside ``fused``, as a writable view ``[groups, block, ...]``."""
         index = self.parts.index(part)
@@ -92,6 +109,29 @@ class Fusion:
     @staticmethod
     def _groups(part: Tensor, block: int) -> int | None:
         return None if part.shape[0] % block else part.shape[0] // block
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Rows that lie together in a Hugging Face tensor, and where a shard of the own parameter holds them.
+
+    Attributes:
+        own: first row in the shard.
+        hf: first row in the Hugging Face tensor; ``groups * rows`` of them follow in one piece.
+        groups: blocks of ``rows`` rows each in the shard, ``step`` rows from one's start to the next's.
+    """
+
+    own: int
+    hf: int
+    groups: int
+    rows: int
+    step: int
+
+    def view(self, shard: Tensor) -> Tensor:
+        """The run's place in the shard ``[rows, ...]`` (contiguous), as a writable view ``[groups, rows, ...]``."""
+        row = shard.stride(0)
+        size, stride = (self.groups, self.rows, *shard.shape[1:]), (self.step * row, *shard.stride())
+        return shard.as_strided(size, stride, shard.storage_offset() + self.own * row)
 
 
 @dataclass(frozen=True)

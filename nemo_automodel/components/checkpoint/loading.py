@@ -1,14 +1,18 @@
-"""Fill a model that was built on the meta device from a checkpoint, piece by piece."""
+"""Fill a model that was built on the meta device from a checkpoint, piece by piece, each rank its own shard."""
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from nemo_automodel.components.checkpoint.reading import CheckpointError, SafetensorsReader
-from nemo_automodel.components.layout import Layout, PartKey
+from nemo_automodel.components.checkpoint.shards import Region, empty_local, with_local
+from nemo_automodel.components.layout import Layout, PartKey, RowRun
 
 READERS = 4
 """Pieces in flight."""
@@ -33,7 +37,8 @@ def load_parameters(
     """Give every parameter and persistent buffer of ``model`` its values from the checkpoint.
 
     Names, shapes and dtypes are checked before anything is read. Pieces of the tensors are read straight into the
-    parameter, or permuted and cast on the way, so the host never holds more than the model and `READERS` pieces.
+    parameter, or permuted and cast on the way, so the host never holds more than the model and `READERS` pieces. Of a
+    parameter that is a DTensor, of any placements, only this rank's shard is read and held.
 
     Args:
         model: its parameters may be on the meta device; they are replaced.
@@ -56,16 +61,20 @@ def load_parameters(
     # a fused name in the file would be rows in an order that nobody knows: not used
     plan = {key: place for key, place in located.items() if place.own in own and key in layout.hf_keys(place.own)}
     missing = _check(own, plan, reader, layout, tied or {}, may_miss, may_ignore)
-    filled = {
-        name: torch.empty_like(own[name], dtype=dtype if own[name].is_floating_point() else None, device=device)
+    shards = {
+        name: empty_local(own[name], dtype if own[name].is_floating_point() else own[name].dtype, device)
         for name in dict.fromkeys(place.own for place in plan.values())
     }
     with ThreadPoolExecutor(READERS) as pool:
-        pieces = (piece for key, place in plan.items() for piece in _pieces(key, place, filled[place.own], reader))
-        for _ in pool.map(lambda piece: reader.read_into(*piece), pieces):
+        pieces = (
+            piece
+            for key, place in plan.items()
+            for piece in _pieces(key, place, shards[place.own], Region.of(own[place.own]), reader)
+        )
+        for _ in pool.map(lambda piece: piece.read(reader), pieces):
             pass  # the first error ends it
-    for name, value in filled.items():
-        assign(model, name, value)
+    for name, shard in shards.items():
+        assign(model, name, with_local(own[name], shard))
     return missing
 
 
@@ -79,13 +88,64 @@ def assign(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
-def _pieces(key: str, place: PartKey, own: Tensor, reader: SafetensorsReader) -> Iterator[tuple[Tensor, str, int]]:
-    """Views of ``own`` that together hold the tensor ``key``, each with the first of its elements."""
-    view = place.fusion.part_view(own, place.part) if place.fusion else own.view(-1)
-    block = view.shape[1:].numel()  # elements that lie together in both the file and the parameter
-    step = max(1, PIECE // (block * reader.dtype(key).itemsize)) if block else 1
-    for start, piece in enumerate(view.split(step)):
-        yield piece, key, start * step * block
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a checkpoint's tensor and where they go.
+
+    Attributes:
+        target: ``[..., columns]``, rows in the order of the file.
+        start: the first element of the first row, counted in the whole tensor.
+        stride: elements from one row's start to the next's in the file; 0 when the rows lie together.
+    """
+
+    key: str
+    target: Tensor
+    start: int
+    stride: int
+
+    def read(self, reader: SafetensorsReader) -> None:
+        if not self.stride:
+            reader.read_into(self.target, self.key, self.start)
+            return
+        dtype = reader.dtype(self.key)
+        in_place = self.target.device.type == "cpu" and self.target.dtype == dtype
+        rows = self.target if in_place else torch.empty(self.target.shape, dtype=dtype)
+        # not flatten(): a strided view would be copied, and the copy filled
+        for i, row in enumerate(chain.from_iterable(rows) if rows.ndim > 2 else rows):
+            reader.read_into(row, self.key, self.start + i * self.stride)
+        if not in_place:
+            self.target.copy_(rows)
+
+
+def _pieces(key: str, place: PartKey, shard: Tensor, region: Region, reader: SafetensorsReader) -> Iterator[_Piece]:
+    """Pieces that together bring this rank's share of the tensor ``key``."""
+    if not shard.numel():
+        return
+    shape, itemsize = reader.shape(key), reader.dtype(key).itemsize
+    columns = math.prod(shape[1:])  # of a whole row, in the file
+    cut = region.shape[1:] != shape[1:]
+    if cut and len(shape) != 2:
+        raise NotImplementedError(f"{key}: {len(shape)} dims, sharded along another than the first")
+    for run, view in _runs(place, shard, region):
+        block = view.shape[1:].numel()  # elements that lie together in the parameter, and in the file unless cut
+        step = max(1, PIECE // (block * itemsize))
+        for first in range(0, view.shape[0], step):
+            target = view[first : first + step]
+            start = (run.hf + first * run.rows) * columns + (region.offset[1] if cut else 0)
+            yield _Piece(key, target, start, columns if cut else 0)
+
+
+def _runs(place: PartKey, shard: Tensor, region: Region) -> Iterator[tuple[RowRun, Tensor]]:
+    """Runs of rows, and their place in the shard: ``[blocks, ...]``."""
+    if not region.shape:  # a scalar
+        yield RowRun(0, 0, 1, 1, 1), shard.view(1)
+        return
+    start, rows = region.offset[0], region.shape[0]
+    if place.fusion is None:
+        yield RowRun(0, start, rows, 1, 1), shard
+        return
+    for run in place.fusion.runs(place.part, start, start + rows):
+        yield run, run.view(shard)
 
 
 def _check(

@@ -5,49 +5,76 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.checkpoint.reading import INDEX, SINGLE
+from nemo_automodel.components.checkpoint.together import Together
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: int | str = "5GB") -> None:
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_size: int | str = "5GB",
+    together: Together | None = None,
+) -> None:
     """Write ``model.safetensors``, or shards and their index, into ``folder``.
 
-    At most one shard and one tensor are held on the host at a time.
+    The shards are dealt to the ranks in turn, and written while the next tensors are gathered: a rank holds two of its
+    shards and one tensor on the host at most (one process alone: one shard and one tensor).
 
     Args:
         folder: exists and holds no weights yet.
-        tensors: names and values, in the order they are written.
+        tensors: names and values, in the order they are written; the same on every rank. A DTensor is gathered, one
+            at a time.
         max_shard_size: bytes, or text such as ``"5GB"``; a larger tensor gets a shard of its own.
+        together: the ranks that write; each calls this function. Default: this process alone.
 
     Raises:
         ValueError: a ``max_shard_size`` that is not a size.
     """
+    together = together or Together(alone=True)
     limit = parse_size(max_shard_size)
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
+    shards: list[list[str]] = [[]]
+    mine: dict[str, Tensor] = {}
     total = pending_size = 0
 
     def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+        nonlocal mine
+        if (len(shards) - 1) % together.size == together.rank:
+            wait(written)
+            written.append(pool.submit(save_file, mine, folder / f"shard-{len(shards) - 1}", {"format": "pt"}))
+            mine = {}
+            if together.size == 1:
+                written[-1].result()
 
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_size + size > limit:
-            flush()
-            pending_size = 0
-        pending[name] = tensor.detach().to("cpu").contiguous()
-        pending_size += size
-        total += size
-    flush()
+    written: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+        for name, tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            if shards[-1] and pending_size + size > limit:
+                flush()
+                shards.append([])
+                pending_size = 0
+            shards[-1].append(name)
+            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if (len(shards) - 1) % together.size == together.rank:
+                mine[name] = whole.to("cpu").contiguous()
+            pending_size += size
+            total += size
+        flush()
+    # a rank that could not write has gathered on, so that the others do not wait for it for ever
+    together.run(lambda: [shard.result() for shard in written] and None)
+    together.run(lambda: _name_shards(folder, shards, total), everywhere=False)
 
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / SINGLE)
         return
@@ -59,7 +86,13 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def publish_folder(folder: str | os.PathLike[str], write: Callable[[Path], None], *, replace: bool = False) -> Path:
+def publish_folder(
+    folder: str | os.PathLike[str],
+    write: Callable[[Path], None],
+    *,
+    replace: bool = False,
+    together: Together | None = None,
+) -> Path:
     """Let ``write`` fill a hidden folder aside, then publish it as ``folder``.
 
     A new ``folder`` appears by one rename, complete. Into an existing one the files move one by one: no weights of an
@@ -71,6 +104,7 @@ def publish_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]
         folder: where to publish; made, with its parents, when it is not there.
         write: fills the folder it is given.
         replace: an existing ``folder`` gives way as a whole, files that ``write`` does not know included.
+        together: the ranks that write, on a file system they share; each calls this function. Default: this process.
 
     Raises:
         NotADirectoryError: ``folder`` is a file.
@@ -81,21 +115,31 @@ def publish_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]
     # inside a folder that stays: it may be a mount, whose parent is another file system
     merge = folder.exists() and not replace
     aside = folder / ".incomplete" if merge else folder.parent / f".{folder.name}.incomplete"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    together = together or Together(alone=True)
+    together.run(lambda: _make_afresh(aside), everywhere=False)
     try:
-        write(aside)
-        _sync(aside)
-        if merge:
-            _move_into(aside, folder)
-        else:
-            old = _hide(folder)
-            aside.rename(folder)
-            _sync_path(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+        together.run(lambda: write(aside))
+        together.run(lambda: _publish(aside, folder, merge), everywhere=False)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if together.leads:
+            shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _make_afresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(aside: Path, folder: Path, merge: bool) -> None:
+    _sync(aside)
+    if merge:
+        _move_into(aside, folder)
+    else:
+        old = _hide(folder)
+        aside.rename(folder)
+        _sync_path(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:

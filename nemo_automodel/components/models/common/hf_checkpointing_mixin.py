@@ -2,22 +2,25 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nemo_automodel.components.checkpoint import (
     CheckpointError,
     SafetensorsReader,
+    Together,
     load_parameters,
     publish_folder,
     write_shards,
 )
 from nemo_automodel.components.checkpoint.loading import assign, matches, refuse
+from nemo_automodel.components.checkpoint.shards import empty_local, with_local
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
     HEAD,
@@ -39,6 +42,7 @@ else:
 logger = logging.getLogger(__name__)
 
 # Llama checkpoints of 2023 carry RoPE tables, which are always computed from the config here
+_ADAPTERS = r"\.lora_"
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$",)
 
 
@@ -69,6 +73,7 @@ class HFCheckpointingMixin(_Base):
         attn_implementation: str | None = None,
         backend: BackendConfig | Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        prepare: Callable[[Self], None] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a Hugging Face checkpoint, in evaluation mode.
@@ -85,6 +90,9 @@ class HFCheckpointingMixin(_Base):
                 transformers' attention interface; default: what ``backend.attn`` says.
             backend: a `BackendConfig` or its fields as a dict.
             device: where the parameters go.
+            prepare: called with the model on the meta device, to add adapters or shard it (``fully_shard``,
+                ``parallelize_module``); each rank then reads its own shards only. Adapters stay NaN until
+                `init_adapters` or their own file sets them.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the Hub; any other name must be
                 a field of the config, which it overrides.
 
@@ -104,6 +112,8 @@ class HFCheckpointingMixin(_Base):
         dtype = resolve_dtype(dtype if dtype is not None else torch_dtype, config, reader)
         with default_dtype(dtype), torch.device("meta"):
             model = cls.from_config(config, backend=backend)
+        if prepare is not None:
+            prepare(model)
         model._fill(reader, dtype, device)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -124,7 +134,8 @@ class HFCheckpointingMixin(_Base):
 
         Args:
             save_directory: the folder; created, or its weights replaced.
-            is_main_process: False writes nothing.
+            is_main_process: False writes nothing. A sharded model is saved by all ranks together, on a file system
+                they share: each calls this, whatever it says here.
             state_dict: own state dict to write instead of the model's.
             max_shard_size: bytes or text such as ``"5GB"``.
             **kwargs: transformers' other options, accepted where they change nothing here.
@@ -140,14 +151,15 @@ class HFCheckpointingMixin(_Base):
         harmless = {"safe_serialization", "token", "save_peft_format", "save_original_format"}
         if unknown := [name for name, value in kwargs.items() if name not in harmless and value]:
             raise TypeError(f"save_pretrained does not take {unknown[0]!r} (to upload: model.push_to_hub(repo))")
-        if not is_main_process:
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
+        if not is_main_process and not sharded:
             return
         if (Path(save_directory) / "adapter_config.json").is_file():
             raise ValueError(
                 f"{save_directory} holds an adapter, which transformers would put on top of the weights saved beside "
                 "it; choose another folder, or move the adapter away"
             )
-        state = dict(self.state_dict() if state_dict is None else state_dict)
         if adapters := [name for name in state if ".lora_" in name]:
             raise ValueError(
                 f"{adapters[0]}: a plain checkpoint has no place for adapters, and would be the model without them; "
@@ -158,15 +170,21 @@ class HFCheckpointingMixin(_Base):
             if self.get_parameter(target) is self.get_parameter(source):
                 state.pop(target, None)
 
-        def write(folder: Path) -> None:
-            self.config.dtype = self.dtype
-            self.config.architectures = [type(self).__name__.removeprefix("FSDP")]
-            self.config.save_pretrained(folder)
-            if self.can_generate():
-                self.generation_config.save_pretrained(folder)
-            write_shards(folder, self._hf_tensors(state), max_shard_size)
+        together = Together(alone=not sharded)
 
-        publish_folder(save_directory, write)
+        def write(folder: Path) -> None:
+            if together.leads:
+                self._write_configs(folder)
+            write_shards(folder, self._hf_tensors(state), max_shard_size, together)
+
+        publish_folder(save_directory, write, together=together)
+
+    def _write_configs(self, folder: Path) -> None:
+        self.config.dtype = self.dtype
+        self.config.architectures = [type(self).__name__.removeprefix("FSDP")]
+        self.config.save_pretrained(folder)
+        if self.can_generate():
+            self.generation_config.save_pretrained(folder)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load own names, or Hugging Face's: the rows of ``q_proj`` and the like go to their place in the fused one.
@@ -216,13 +234,14 @@ class HFCheckpointingMixin(_Base):
                 dtype=dtype,
                 device=device,
                 tied=self.all_tied_weights_keys,
-                may_miss=self._keys_to_ignore_on_load_missing or (),
+                may_miss=(*(self._keys_to_ignore_on_load_missing or ()), _ADAPTERS),
                 may_ignore=self._may_ignore(),
             )
         self.tie_weights(missing_keys=missing, recompute_mapping=False)
         for name, tensor in self.state_dict(keep_vars=True).items():
             if tensor.is_meta:
-                assign(self, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+                assign(self, name, with_local(tensor, empty_local(tensor, tensor.dtype, device).fill_(float("nan"))))
+            if tensor.is_meta and not matches(name, [_ADAPTERS]):
                 self._init_weights(self.get_submodule(name.rpartition(".")[0]))
                 logger.warning("%s is not in %s: initialized at random, to be trained", name, reader.path)
         self._rebuild_buffers(device)
@@ -276,7 +295,9 @@ class HFCheckpointingMixin(_Base):
             yield from self.state_dict_adapter.to_hf(state).items()
             return
         for own, tensor in state.items():
-            yield from self.state_dict_adapter.to_hf({own: tensor}).items()
+            # gathered here, once: the parts of a sharded fused tensor would be sharded and gathered again
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield from self.state_dict_adapter.to_hf({own: whole}).items()
 
 
 def _overrides(adapter: Any, method: str) -> bool:
