@@ -1,13 +1,18 @@
 """Low-rank adapters on fused projections, with peft's names and files."""
 
+from nemo_automodel.components.peft.adapter import PeftAdapter
+from nemo_automodel.components.peft.config import LoRAConfig
 from nemo_automodel.components.peft.files import adapter_tensors, load_adapter_tensors, save_adapter
-from nemo_automodel.components.peft.lora import LoRAConfig, LoRALinear, apply_lora, merge_lora
+from nemo_automodel.components.peft.lora import LoRALinear
+from nemo_automodel.components.peft.model import apply_lora, init_adapters, merge_lora
 
 __all__ = [
     "LoRAConfig",
     "LoRALinear",
+    "PeftAdapter",
     "adapter_tensors",
     "apply_lora",
+    "init_adapters",
     "load_adapter_tensors",
     "merge_lora",
     "save_adapter",

@@ -1,153 +1,152 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) whose parts keep their own A and B inside a fused projection.
+"""LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353) whose parts keep their own A and B inside a fused projection.
 
-The maths is peft's on the separate projections: ``q = (W_q + scale * B_q A_q) x``, and so for each targeted part. The
-parts' A are stacked, so the input is read once; their B are laid out as the fused projection's rows are.
+The maths is peft's on the separate projections: ``q = (W_q + s_q B_q A_q) x``, and with DoRA
+``q = m_q (W_q + s_q B_q A_q) x / |W_q + s_q B_q A_q|``, the norm taken per row and held constant in the backward pass.
+The base product is one for the whole fused projection; the parts' A are stacked, so the input is read once; their B are
+laid out as the fused projection's rows are.
 """
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_automodel.components.layout import Fusion, Layout
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(kw_only=True)
-class LoRAConfig:
-    """What to adapt, and how.
-
-    Raises:
-        ValueError: a value out of range, by the field's name.
-    """
-
-    r: int = field(default=16, metadata={"help": "rank of the adapters"})
-    alpha: float = field(default=32, metadata={"help": "the update is scaled by alpha / r (alpha / sqrt(r): rslora)"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapters' input"})
-    targets: list[str] = field(
-        default_factory=lambda: [ALL_LINEAR],
-        metadata={"help": "projections to adapt, by Hugging Face name (q_proj, ...) or fused name; or [all-linear]"},
-    )
-    rslora: bool = field(default=False, metadata={"help": "rank-stabilized scaling (arXiv:2312.03732)"})
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r={self.r} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if not self.targets:
-            raise ValueError(f"targets is empty: name projections such as q_proj, or [{ALL_LINEAR}]")
-
-    @property
-    def scale(self) -> float:
-        """Factor on ``B A``."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+from nemo_automodel.components.layout import Fusion
+from nemo_automodel.components.peft.config import Update
+from nemo_automodel.components.peft.placement import whole
 
 
 class LoRALinear(nn.Linear):
     """A linear layer, fused or not, with a low-rank update per targeted part.
 
-    ``weight`` and ``bias`` are the frozen layer's own parameters, under their old names.
+    ``weight`` and ``bias`` are the frozen layer's own parameters, under their old names. The adapters' parameters are
+    made on ``base``'s device and hold nothing yet: `init_adapters` or an adapter's file fills them.
+
+    Args:
+        base: the layer to adapt.
+        name: the layer's own name, that of its one part when it is not fused.
+        updates: targeted part -> its rank and scale.
+        fusion: how the layer is fused; None for a plain one.
+        dropout: on the adapters' input, while training.
+        dora: whether rows have trained magnitudes.
+        share_a: whether the parts share one A.
+        dtype: of the adapters (default: the layer's).
 
     Attributes:
-        lora_A: part name -> ``[r, in_features]``.
-        lora_B: part name -> ``[rows of the part, r]``; starts at zero, so the layer starts as it was.
+        lora_A: part name (with ``share_a``: the fused name) -> ``[r, in_features]``.
+        lora_B: part name -> ``[rows of the part, r]``.
+        lora_magnitude: with DoRA, part name -> ``[rows of the part]``; else empty.
+
+    Raises:
+        ValueError: ``share_a`` with parts of unequal rank.
     """
 
-    def __init__(self, base: nn.Linear, name: str, targets: list[str], fusion: Fusion | None, config: LoRAConfig):
+    def __init__(
+        self,
+        base: nn.Linear,
+        name: str,
+        updates: Mapping[str, Update],
+        fusion: Fusion | None,
+        *,
+        dropout: float = 0.0,
+        dora: bool = False,
+        share_a: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.fusion = fusion
         self.parts = fusion.parts if fusion else (name,)
-        self.rank, self.scale = config.r, config.scale
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        options: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        for part in targets:
-            rows = fusion.part_shape(base.weight.shape, part)[0] if fusion else base.out_features
-            self.lora_A[part] = nn.Parameter(torch.empty(config.r, base.in_features, **options))
-            self.lora_B[part] = nn.Parameter(torch.zeros(rows, config.r, **options))
-            nn.init.kaiming_uniform_(self.lora_A[part], a=math.sqrt(5))  # as peft, so that seeds compare
+        self.updates = {part: updates[part] for part in self.parts if part in updates}
+        self.dora, self.share_a = dora, share_a and fusion is not None
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        ranks = {part: update.r for part, update in self.updates.items()}
+        if self.share_a and len(set(ranks.values())) > 1:
+            raise ValueError(f"share_a: the parts of {name} have ranks {ranks}; give them one rank")
+        self._of_a = {part: name if self.share_a else part for part in ranks}
+
+        options: dict[str, Any] = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
+        self.lora_A, self.lora_B, self.lora_magnitude = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for part, r in ranks.items():
+            if self._of_a[part] not in self.lora_A:
+                self.lora_A[self._of_a[part]] = nn.Parameter(torch.empty(r, base.in_features, **options))
+            self.lora_B[part] = nn.Parameter(torch.empty(self.rows(part), r, **options))
+            if dora:
+                self.lora_magnitude[part] = nn.Parameter(torch.empty(self.rows(part), **options))
+
+    def rows(self, part: str) -> int:
+        """Output rows of ``part``."""
+        return self.fusion.part_shape((self.out_features,), part)[0] if self.fusion else self.out_features
+
+    def a_of(self, part: str) -> nn.Parameter:
+        """A of ``part``: its own, or the shared one."""
+        return self.lora_A[self._of_a[part]]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features] -> [..., out_features]``."""
-        a, b = self.stacked()
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(self.dropout(x), a), b) * self.scale
+        """``[..., in_features] -> [..., out_features]`` in the base product's dtype; adapters compute in their own."""
+        a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B))
+        dropped = self.dropout(x)
+        if not self.dora:
+            base = F.linear(x, self.weight, self.bias)
+            return (base + F.linear(F.linear(dropped.to(a.dtype), a), b)).to(base.dtype)
+        base = F.linear(x, self.weight)
+        # peft: magnitudes act on what the adapters' dropout lets through, the base product stays whole
+        seen = base if dropped is x else F.linear(dropped, self.weight)
+        update = F.linear(F.linear(dropped.to(a.dtype), a), b)
+        factor = self._factor(self.weight, a, b, dict(self.lora_magnitude))
+        out = (seen + update) * factor if dropped is x else base + (factor - 1) * seen + factor * update
+        return (out if self.bias is None else out + self.bias).to(base.dtype)
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """The update's factors over all parts: A ``[parts * r, in]`` and B ``[out, parts * r]`` in the fused rows."""
-        targets = list(self.lora_A)
-        a = torch.cat([self.lora_A[part] for part in targets])
+    def merged_weight(self) -> Tensor:
+        """The weight that gives the adapted output: ``[out_features, in_features]``, fp32, whole on every rank."""
+        names = list(self.lora_A)
+        a, b = _factors(
+            self,
+            [whole(self.lora_A[name]).float() for name in names],
+            {part: whole(value).float() for part, value in self.lora_B.items()},
+        )
+        weight = whole(self.weight)
+        merged = weight.float() + b @ a
+        if self.dora:
+            magnitudes = {part: whole(value) for part, value in self.lora_magnitude.items()}
+            merged *= self._factor(weight, a, b, magnitudes).float().unsqueeze(1)
+        return merged
+
+    def _factor(self, weight: Tensor, a: Tensor, b: Tensor, magnitudes: Mapping[str, Tensor]) -> Tensor:
+        """DoRA's factor per row, ``[out_features]``: magnitude over norm, one for parts that are not targeted."""
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(torch.addmm(weight.float(), b.float(), a.float()), dim=1)
+        # rounded as the magnitudes are, so that an adapter that has learnt nothing is an exact no-op in bf16 too
+        norm = norm.to(next(iter(magnitudes.values())).dtype)
         if self.fusion is None:
-            return a, self.lora_B[targets[0]]
-        columns = []
-        for part in self.parts:
-            if part in targets:
-                before = targets.index(part) * self.rank
-                after = a.shape[0] - before - self.rank
-                columns.append(F.pad(self.lora_B[part], (before, after)))
-            else:
-                rows = self.fusion.part_shape(self.weight.shape, part)[0]
-                columns.append(a.new_zeros(rows, a.shape[0]))
-        return a, self.fusion.fuse(columns)
-
-    def delta(self) -> Tensor:
-        """What the adapters add to ``weight``, in fp32."""
-        a, b = self.stacked()
-        return b.float() @ a.float() * self.scale
-
-
-def apply_lora(model: nn.Module, config: LoRAConfig, layout: Layout) -> list[str]:
-    """Freeze ``model`` and put adapters on the targeted projections; returns the adapted modules' names.
-
-    Raises:
-        ValueError: a target that is no projection of the model (the message lists those there are), or none at all.
-    """
-    head = _output_head(model)
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-    }
-    parts = {name: _part_names(name, layout) for name in linears}
-    known = {part for names in parts.values() for part in names} | {name.rpartition(".")[2] for name in linears}
-    everything = config.targets == [ALL_LINEAR]
-    if not everything and (unknown := sorted(set(config.targets) - known)):
-        raise ValueError(
-            f"targets: {unknown[0]!r} is no projection of this model; there are {', '.join(sorted(known))}"
+            return magnitudes[self.parts[0]] / norm
+        norms = zip(self.parts, self.fusion.split(norm), strict=True)
+        return self.fusion.fuse(
+            [magnitudes[part] / n if part in magnitudes else torch.ones_like(n) for part, n in norms]
         )
 
-    model.requires_grad_(False)
-    adapted = []
-    for name, linear in linears.items():
-        leaf = name.rpartition(".")[2]
-        targets = [p for p in parts[name] if everything or p in config.targets or leaf in config.targets]
-        if targets:
-            model.set_submodule(name, LoRALinear(linear, leaf, targets, layout.fusion_of(name), config))
-            adapted.append(name)
-    if not adapted:
-        raise ValueError("LoRA found no linear projection to adapt in this model")
-    return adapted
+    def extra_repr(self) -> str:
+        """torch's line for a linear layer, and the adapters."""
+        ranks = ", ".join(f"{part} r={update.r}" for part, update in self.updates.items())
+        return f"{super().extra_repr()}, {'DoRA' if self.dora else 'LoRA'}: {ranks}"
 
 
-@torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Fold every adapter into its weight (added in fp32, rounded once) and put plain linear layers back."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
-            linear.weight.copy_((module.weight.float() + module.delta()).to(module.weight.dtype))
-            model.set_submodule(name, linear.train(module.training))
-
-
-def _part_names(module_name: str, layout: Layout) -> tuple[str, ...]:
-    fusion = layout.fusion_of(module_name)
-    return fusion.parts if fusion else (module_name.rpartition(".")[2],)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if get is not None else None
+def _factors(layer: LoRALinear, a: Sequence[Tensor], b: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The update as one product: A ``[ranks, in]`` and B ``[out, ranks]`` in the fused rows, B times its scale."""
+    stacked = torch.cat(list(a)) if len(a) > 1 else a[0]
+    scaled = {part: value * layer.updates[part].scale for part, value in b.items()}
+    if layer.fusion is None:
+        return stacked, scaled[layer.parts[0]]
+    columns, before = [], 0
+    for part in layer.parts:
+        if part not in scaled:
+            columns.append(stacked.new_zeros(layer.rows(part), stacked.shape[0]))
+        elif layer.share_a:
+            columns.append(scaled[part])
+        else:
+            r = layer.updates[part].r
+            columns.append(F.pad(scaled[part], (before, stacked.shape[0] - before - r)))
+            before += r
+    return stacked, layer.fusion.fuse(columns)

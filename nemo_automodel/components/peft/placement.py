@@ -1,0 +1,30 @@
+"""Tensors that may be sharded: the whole of one, and whole values into one."""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, detached; gathered (by every rank together) where it is a DTensor."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copy ``value``, the same on every rank, into ``tensor`` or this rank's shard of it; casts, moves devices.
+
+    Raises:
+        ValueError: ``tensor`` is on the meta device, where a copy would vanish.
+    """
+    if tensor.is_meta:
+        raise ValueError("the model is on the meta device: load or initialize its weights first")
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        # every rank holds the same values already: no broadcast
+        value = distribute_tensor(
+            value.to(local.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+        ).to_local()
+        tensor = local
+    tensor.copy_(value)
