@@ -90,11 +90,29 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
     generate.set_defaults(run=_generate)
 
+    export = commands.add_parser("export", help="turn a training checkpoint into a Hugging Face folder or an adapter")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step-... folder, or a run's folder")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.set_defaults(run=_export)
+
     convert = commands.add_parser("convert", help="turn a GGUF file into a Hugging Face folder")
     convert.add_argument("file", type=Path, metavar="FILE.gguf")
     convert.add_argument("--out", type=Path, required=True, help="folder to write")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     convert.set_defaults(run=_convert)
+
+    merge = commands.add_parser(
+        "merge",
+        help="fold a LoRA or DoRA adapter into its model",
+        description="Fold an adapter in peft's format into its model, write a plain Hugging Face folder, load that "
+        "again, and print how far its answers are from those of the adapter on the model.",
+    )
+    merge.add_argument("model", metavar="MODEL_DIR", help="checkpoint folder or Hub id of the base model")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER_DIR", help="folder with adapter_config.json")
+    merge.add_argument("--out", type=Path, required=True, help="folder to write; not one that holds a model")
+    merge.add_argument("--dtype", default="auto", help="of the merged weights: default the model's own")
+    merge.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
+    merge.set_defaults(run=_merge)
     return parser
 
 
@@ -137,6 +155,12 @@ def _generate(options: argparse.Namespace) -> None:
     )
 
 
+def _export(options: argparse.Namespace) -> None:
+    from nemo_automodel.recipes.export import export_checkpoint
+
+    print(f"{options.checkpoint} -> {export_checkpoint(options.checkpoint, options.out)}")
+
+
 def _convert(options: argparse.Namespace) -> None:
     import torch
 
@@ -144,6 +168,13 @@ def _convert(options: argparse.Namespace) -> None:
 
     folder = convert_gguf(options.file, options.out, getattr(torch, options.dtype))
     print(f"{options.file} -> {folder} (Hugging Face format, {options.dtype})")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from nemo_automodel.recipes.merge import merge
+
+    receipt = merge(options.model, options.adapter, options.out, dtype=options.dtype, device=options.device)
+    print("\n".join(receipt.lines()))
 
 
 if __name__ == "__main__":

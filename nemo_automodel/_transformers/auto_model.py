@@ -29,6 +29,7 @@ from nemo_automodel.components.models.common.pretrained import (
     pop_hub_options,
     resolve_dtype,
 )
+from nemo_automodel.components.peft import PeftAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class _NeMoAutoModel:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         prepare: Callable[[Any], None] | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a Hugging Face checkpoint into the registered class of its architecture.
@@ -74,13 +76,18 @@ class _NeMoAutoModel:
             trust_remote_code: run Python code that comes with the checkpoint (never without being asked to).
             prepare: called with the model before its weights are there, to add adapters or shard it; see
                 `HFCheckpointingMixin.from_pretrained`. (transformers' own classes: after the weights are.)
+            adapter: a local folder with a LoRA or DoRA adapter in peft's format, put on top; it comes before
+                ``prepare``. The model is frozen but for the adapter. See `PeftAdapter`.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the Hub; any other name must be
                 a field of the config, which it overrides.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged, or does not fit the config.
-            ValueError: the checkpoint needs ``trust_remote_code``, or the architecture is not of this task.
+            ValueError: the checkpoint needs ``trust_remote_code``, the architecture is not of this task, or the
+                adapter does not fit the model or cannot be honoured whole.
         """
+        lora = PeftAdapter.read(adapter) if adapter is not None else None
+        prepare = _in_turn(lora.prepare, prepare) if lora else prepare
         hub = pop_hub_options(kwargs)
         folder = fetch(pretrained_model_name_or_path, code=trust_remote_code, **hub)
         if config is None:
@@ -97,6 +104,8 @@ class _NeMoAutoModel:
             model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
             if prepare is not None:
                 prepare(model)
+        if lora is not None:
+            lora.load(model)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return model
 
@@ -182,6 +191,15 @@ class _NeMoAutoModel:
                 ", ".join(registry.architectures()),
             )
         return model_class
+
+
+def _in_turn(first: Callable[[Any], None], second: Callable[[Any], None] | None) -> Callable[[Any], None]:
+    def both(model: Any) -> None:
+        first(model)
+        if second is not None:
+            second(model)
+
+    return both
 
 
 def _refuse_kernels(config: PreTrainedConfig, backend: BackendConfig) -> None:

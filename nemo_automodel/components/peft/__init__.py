@@ -2,7 +2,7 @@
 
 from nemo_automodel.components.peft.adapter import PeftAdapter
 from nemo_automodel.components.peft.config import LoRAConfig
-from nemo_automodel.components.peft.files import adapter_tensors, load_adapter_tensors, save_adapter
+from nemo_automodel.components.peft.files import adapter_tensors, layout_of, load_adapter_tensors, save_adapter
 from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.peft.model import apply_lora, init_adapters, merge_lora
 
@@ -13,6 +13,7 @@ __all__ = [
     "adapter_tensors",
     "apply_lora",
     "init_adapters",
+    "layout_of",
     "load_adapter_tensors",
     "merge_lora",
     "save_adapter",

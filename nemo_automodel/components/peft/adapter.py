@@ -20,7 +20,7 @@ from nemo_automodel.components.peft.placement import fill, whole
 
 # peft writes the magnitude without ".weight" and reads it with as well
 _KEY = re.compile(r"^(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?P<weight>\.weight)?$")
-_BASE_BIAS = ".base_layer.bias"
+_BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
 _WAYS_OUT = {
     ".lora_embedding_": "LoRA on an embedding; train it whole (modules_to_save), or merge the adapter with peft "
     "(merge_and_unload)",
@@ -44,6 +44,7 @@ class PeftAdapter:
     tensors: dict[str, Tensor]
     _layout: Layout = field(default_factory=lambda: Layout(()))
     _replaced: dict[str, str] = field(default_factory=dict)
+    _copies: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> "PeftAdapter":
@@ -123,8 +124,16 @@ class PeftAdapter:
         first. Parameters may be sharded: every rank calls this then.
 
         Raises:
-            ValueError: weights on the meta device, or a tied one that is sharded.
+            ValueError: weights on the meta device, a tied one that is sharded, or a copy of a base weight in the file
+                (peft adds those of an adapted head) that is not the model's own.
         """
+        for key in self._copies:
+            own = whole(model.get_parameter(key.replace(_BASE_WEIGHT, ".weight")))
+            if not torch.equal(self.tensors[key].to(own), own):
+                raise ValueError(
+                    f"{self.folder / WEIGHTS}: {key} is not the model's own weight, so the adapter was trained on "
+                    "another base; load it with that one, or merge it with peft (merge_and_unload)"
+                )
         values = {PREFIX + key.removesuffix(".weight"): value for key, value in self.tensors.items()}
         for key, parameter in adapter_tensors(model).items():
             fill(parameter, values[key.removesuffix(".weight")])
@@ -147,7 +156,7 @@ class PeftAdapter:
         """The tensors' keys, sorted: path -> kind -> key of adapters; key -> name of what is replaced; problems."""
         names = self._hf_names(model)
         adapted: dict[str, dict[str, str]] = defaultdict(dict)
-        replaced, problems = {}, []
+        replaced, problems, self._copies = {}, [], []
         for key in self.tensors:
             match = _KEY.match(key)
             if known := next((way for mark, way in _WAYS_OUT.items() if mark in f"{key}."), None):
@@ -156,6 +165,8 @@ class PeftAdapter:
                 adapted[match["path"]][match["kind"]] = key
             elif key.endswith(_BASE_BIAS) and (name := f"{key.removesuffix(_BASE_BIAS)}.bias") in names:
                 replaced[key] = name
+            elif key.endswith(_BASE_WEIGHT) and key.replace(_BASE_WEIGHT, ".weight") in names:
+                self._copies.append(key)
             elif key in names and (self.config.saves(key.rpartition(".")[0]) or self._is_bias_of_all(key)):
                 replaced[key] = key
             elif key in names:
@@ -172,6 +183,10 @@ class PeftAdapter:
                 problems.append(f"{key}: peft keeps an adapted layer's own tensors under 'base_layer'")
             elif (shape := tuple(self.tensors[key].shape)) != (wanted := names[name]):
                 problems.append(f"{key}: shape {list(shape)}, where the model has {list(wanted)}")
+        for key in self._copies:
+            path = key.removesuffix(_BASE_WEIGHT)
+            if path not in adapted or self._layout.locate(path).fusion:
+                problems.append(f"{key}: not used by this model")
         for path in adapted.keys() - linears:
             if self._layout.fusion_of(path):
                 problems.append(

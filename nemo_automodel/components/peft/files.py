@@ -79,12 +79,18 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, config: LoRAConfig | None = None, base_model: str = "", layout: Layout | None = None
+    model: nn.Module,
+    folder: Path,
+    config: LoRAConfig | None = None,
+    base_model: str = "",
+    *,
+    layout: Layout | None = None,
+    writes: bool = True,
 ) -> None:
     """Write the adapters into ``folder`` (which exists), for ``peft.PeftModel.from_pretrained(base, folder)``.
 
     Weights that came with an adapter (``modules_to_save``, biases) are written with it. The tensors keep their dtype.
-    A sharded model is gathered: every rank calls this then, and writes the same files.
+    A sharded model is gathered: every rank calls this then.
 
     Args:
         model: as `apply_lora` or `PeftAdapter` left it.
@@ -92,6 +98,7 @@ def save_adapter(
         config: what `apply_lora` was given; its ``r`` and ``alpha`` become the file's defaults.
         base_model: path or Hub id of the model the adapters belong to.
         layout: the model's table of fused projections (default: its ``state_dict_adapter``'s).
+        writes: False gathers only.
 
     Raises:
         ValueError: the model has no adapters.
@@ -104,6 +111,8 @@ def save_adapter(
     replaced: Replaced | None = getattr(model, "_replaced_by_adapter", None)
     for key, name in (replaced.keys if replaced else {}).items():
         tensors[PREFIX + key] = read_parameter(model, layout, name)
+    if not writes:
+        return
     # a copy each: safetensors refuses tensors that share memory
     tensors = {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -33,6 +33,7 @@ from nemo_automodel.components.models.common.pretrained import (
     pop_hub_options,
     resolve_dtype,
 )
+from nemo_automodel.components.peft import save_adapter as write_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -178,6 +179,27 @@ class HFCheckpointingMixin(_Base):
             write_shards(folder, self._hf_tensors(state), max_shard_size, together)
 
         publish_folder(save_directory, write, together=together)
+
+    def save_adapter(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the model's adapters in peft's format, for ``PeftModel.from_pretrained(base, save_directory)``.
+
+        Weights that came with a loaded adapter (``modules_to_save``, biases) are written with it. A sharded model is
+        saved by all ranks together.
+
+        Raises:
+            ValueError: no adapters in the model, or a folder that holds a model.
+        """
+        if (Path(save_directory) / "config.json").is_file():
+            raise ValueError(
+                f"{save_directory} holds a model, which transformers would load with the adapter on top; choose "
+                "another folder for the adapter"
+            )
+        together = Together(alone=not any(isinstance(tensor, DTensor) for tensor in self.parameters()))
+        publish_folder(
+            save_directory,
+            lambda folder: write_adapter(self, folder, base_model=self.name_or_path, writes=together.leads),
+            together=together,
+        )
 
     def _write_configs(self, folder: Path) -> None:
         self.config.dtype = self.dtype
