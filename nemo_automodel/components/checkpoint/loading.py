@@ -83,7 +83,8 @@ def assign(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=value.is_floating_point())
+        before = module._parameters[leaf]  # frozen ones stay frozen
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=before is not None and before.requires_grad)
     else:
         module._buffers[leaf] = value
 

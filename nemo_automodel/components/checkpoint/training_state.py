@@ -1,110 +1,184 @@
-"""Checkpoints of a running training: complete or invisible, newest first, resumed bit for bit."""
+"""Checkpoints of a running training: complete or invisible, newest first, resumed bit for bit, on any mesh.
+
+`torch.distributed.checkpoint` writes them, in its safetensors storage: every rank its own shards, whatever the
+placements, and a run resumes on other ranks. No pickle is written or read.
+"""
 
 import json
+import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from nemo_automodel.components.checkpoint.reading import CheckpointError
 from nemo_automodel.components.checkpoint.writing import discard, publish_folder
+from nemo_automodel.components.together import Together
 
-_STATE, _TENSORS = "state.json", "training_state.safetensors"
+logger = logging.getLogger(__name__)
+
+# that one process is alone is no mishap; from the background thread, so no block here could catch it
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+_STATE = "state.json"
+_FILE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """One complete checkpoint: ``model/`` (what the model's own save wrote), tensors and JSON state.
+    """One complete checkpoint.
 
     Attributes:
-        folder: ``step-XXXXXXXX``.
+        folder: ``step-XXXXXXXX``; holds the ranks' safetensors shards, ``state.json`` and what was written beside them.
         step: optimizer steps done.
-        tensors: optimizer moments, master weights, random generators; by name.
-        state: everything else, as JSON.
+        state: everything that is no tensor, as JSON.
     """
 
     folder: Path
     step: int
-    tensors: dict[str, Tensor]
     state: dict[str, Any]
 
-    @property
-    def model_folder(self) -> Path:
-        """Where the model or adapter lies, in Hugging Face or peft format."""
-        return self.folder / "model"
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill ``tensors`` in place: plain ones, or DTensors of any placements (each rank reads its own shards).
+
+        Raises:
+            CheckpointError: a tensor is not in the checkpoint, has another shape there, or cannot be read.
+        """
+        with _torch_errors(f"{self.folder} cannot be loaded (delete or mend it to resume from the one before)"):
+            dcp.load(
+                {name: _one_dim(tensor) for name, tensor in tensors.items()},
+                storage_reader=HuggingFaceStorageReader(str(self.folder)),
+            )
 
 
 class TrainingCheckpoints:
     """The checkpoints of one run, ``step-XXXXXXXX`` folders below ``folder``.
 
-    A folder appears by a rename once it is complete, so `latest` never finds half of one.
+    A folder appears by a rename once every rank has written its part, so `latest` never finds half of one. Every
+    method is called by all ranks; they share the file system.
 
     Args:
         folder: created at the first save.
         keep_last: how many of the newest to keep; the best one is kept beside them.
+        asynchronous: write in the background, from a copy in host memory, while training goes on. One save is under
+            way at a time; `wait` (or the next save) raises what went wrong.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 2):
+    def __init__(self, folder: str | Path, keep_last: int = 2, asynchronous: bool = False):
         self.folder = Path(folder)
         self.keep_last = keep_last
+        self.asynchronous = asynchronous
+        self._pending: Future[Any] | None = None
+        self._together = Together()
+        # of its own: the background's messages must not meet those of the training on the way
+        self._group = dist.new_group(backend="gloo") if self._together.size > 1 else None
 
     def save(
         self,
         step: int,
         *,
-        write_model: Callable[[Path], None],
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
+        write_files: Callable[[Path], None] | None = None,
         metric: float | None = None,
     ) -> Path:
         """Write a checkpoint and drop those that are neither among the newest nor the best.
 
         Args:
             step: optimizer steps done.
-            write_model: writes the model (or adapter) into the folder it is given.
-            tensors: optimizer moments and the like.
+            tensors: weights, optimizer moments and the like, plain (then the same on every rank) or DTensor; each in
+                memory of its own.
             state: JSON values: data position, configuration, counters.
+            write_files: writes further files (a config, a tokenizer) into the folder it is given; on one rank.
             metric: validation loss, lower is better; the checkpoint with the lowest is kept.
         """
+        self.wait()
+        target = self.folder / f"step-{step:08d}"
+        content = {"step": step, "metric": metric, "state": dict(state)}
+        shards = self.folder / f".{target.name}.shards"
 
-        def write(folder: Path) -> None:
-            write_model(folder / "model")
-            save_file(_apart(tensors), folder / _TENSORS)
-            content = {"step": step, "metric": metric, "state": dict(state)}
-            (folder / _STATE).write_text(json.dumps(content, indent=2) + "\n")
+        def prepare() -> None:
+            shutil.rmtree(shards, ignore_errors=True)
+            shards.mkdir(parents=True)
+            if write_files is not None:
+                write_files(shards)
 
-        target = publish_folder(self.folder / f"step-{step:08d}", write, replace=True)
-        self._prune()
+        def publish() -> None:
+            files = {str(f.relative_to(shards)): f.stat().st_size for f in sorted(shards.rglob("*")) if f.is_file()}
+            (shards / _STATE).write_text(json.dumps(content | {"files": files}, indent=2) + "\n")
+            publish_folder(target, lambda aside: _move_all(shards, aside), replace=True)
+            self._prune()
+
+        self._together.run(prepare, everywhere=False)
+        values = {name: _one_dim(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+        writer = _Writer(shards, publish, _files(values, self._together.size))
+        options: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
+        with _torch_errors(f"{target} cannot be saved"):
+            if self.asynchronous:
+                self._pending = dcp.async_save(values, **options)
+            else:
+                dcp.save(values, **options)
         return target
 
-    def latest(self) -> TrainingCheckpoint | None:
-        """The newest complete checkpoint, None when there is none.
+    def wait(self) -> None:
+        """Return when no save is under way.
 
         Raises:
-            CheckpointError: it is complete by name but cannot be read (a damaged disk, an edited file).
+            CheckpointError: the last one failed, on some rank.
         """
-        folders = self._folders()
-        return self._read(folders[-1]) if folders else None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _torch_errors(f"the last checkpoint for {self.folder} could not be saved"):
+                pending.result()
+
+    def latest(self) -> TrainingCheckpoint | None:
+        """The newest checkpoint that is whole, None when there is no checkpoint at all.
+
+        One whose files are missing or cut is passed over, with a warning.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
+        """
+        problems = []
+        for folder in reversed(self._folders()):
+            try:
+                found = _read(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                problems.append(f"{folder} is damaged ({error})")
+                continue
+            for problem in problems:
+                logger.warning("%s: going back to %s", problem, folder)
+            return found
+        if problems:
+            raise CheckpointError("; ".join(problems) + ": mend one, or delete them all to start over")
+        return None
+
+    def find(self, name: str) -> TrainingCheckpoint | None:
+        """The checkpoint in the folder of that name, None when there is none.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if not (self.folder / name / _STATE).is_file():
+            return None
+        try:
+            return _read(self.folder / name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.folder / name} is damaged ({error})") from error
 
     def _folders(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if (path / _STATE).is_file())
-
-    def _read(self, folder: Path) -> TrainingCheckpoint:
-        try:
-            content = json.loads((folder / _STATE).read_text())
-            tensors = load_file(folder / _TENSORS)
-            return TrainingCheckpoint(folder, content["step"], tensors, content["state"])
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder} cannot be read ({type(error).__name__}: {error}); delete or mend it to resume from the "
-                "one before"
-            ) from error
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def _prune(self) -> None:
         folders = self._folders()
@@ -117,38 +191,77 @@ class TrainingCheckpoints:
             shutil.rmtree(leftover)
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """Each rank writes its shards; when all have, the leading one publishes them."""
+
+    def __init__(self, folder: Path, publish: Callable[[], None], files: dict[str, int]):
+        super().__init__(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+        self._publish = publish
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        self._publish()
+
+
+def _files(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """Which of a rank's files, from 1, takes each tensor: torch holds a whole file in memory to write it."""
+    files, size = {}, 0
+    for name, tensor in tensors.items():
+        size += tensor.numel() * tensor.itemsize // ranks
+        files[name] = 1 + size // _FILE_BYTES
+    return files
+
+
+def _read(folder: Path) -> TrainingCheckpoint:
+    content = json.loads((folder / _STATE).read_text())
+    for name, size in content["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if (folder / name).stat().st_size != size:
+            raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, not {size}")
+    return TrainingCheckpoint(folder, content["step"], content["state"])
+
+
 def _metric(folder: Path) -> float:
     try:
         metric = json.loads((folder / _STATE).read_text())["metric"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return math.inf  # a damaged checkpoint is not the best one, and no reason to stop training
     return math.inf if metric is None or math.isnan(metric) else metric
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each in a storage of its own: safetensors refuses one that two names share."""
-    storages: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if pointer in storages else tensor
-        storages.add(pointer)
-    return result
+def _move_all(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        path.rename(target / path.name)
+    source.rmdir()
+
+
+def _one_dim(tensor: Tensor) -> Tensor:
+    """A view with at least one dim: torch's safetensors storage cannot slice a scalar."""
+    return tensor.view(1) if tensor.ndim == 0 else tensor
+
+
+@contextmanager
+def _torch_errors(what: str) -> Iterator[None]:
+    """torch's own exception, which is no `Exception`, as a CheckpointError."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's random generators, CPU and every GPU, as byte tensors."""
+    """The states of torch's random generators, as byte tensors ``[ranks, bytes]``: the CPU's and each rank's GPU's."""
     states = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+        states["rng.cuda"] = torch.cuda.get_rng_state()
+    together = Together()
+    return {name: together.gather(state) for name, state in states.items()}
 
 
 def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `random_state`; GPUs that are not here any more are passed over."""
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"rng.cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"], i)
+    """The inverse of `random_state`, on as many ranks."""
+    rank = Together().rank
+    torch.set_rng_state(tensors["rng.cpu"][rank])
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"][rank])

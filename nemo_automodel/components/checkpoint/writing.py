@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.checkpoint.reading import INDEX, SINGLE
-from nemo_automodel.components.checkpoint.together import Together
+from nemo_automodel.components.together import Together
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

@@ -6,12 +6,13 @@ master's rounding after each step.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(kw_only=True)
@@ -81,6 +82,13 @@ class MasterAdamW:
             eps=config.eps,
             fused=True,
         )
+        # here, not at the first step: a checkpoint is loaded into them
+        for master in self.masters.values():
+            self._adamw.state[master] = {
+                "step": torch.zeros((), device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
 
     def step(self, lr: float) -> float:
         """Clip, update with learning rate ``lr``, drop the gradients; returns the gradients' norm before clipping.
@@ -90,6 +98,8 @@ class MasterAdamW:
         """
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not math.isfinite(value := norm.item()):
             raise FloatingPointError(f"the gradients' norm is {value}")
         if self.config.max_grad_norm is not None:
@@ -102,28 +112,16 @@ class MasterAdamW:
         return value
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments, step counts and masters, by parameter name."""
+        """Moments, step counts and masters, by parameter name: the optimizer's own, to be saved or filled in place."""
         tensors = {
             f"{key}.{name}": value
             for name, master in self.masters.items()
-            # without a gradient so far there is no state yet: step 0 says so
-            for key, value in (self._adamw.state.get(master) or {"step": torch.zeros(())}).items()
+            for key, value in self._adamw.state[master].items()
         }
         return tensors | {f"master.{name}": self.masters[name] for name in self.masters if self._has_master(name)}
 
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `state_tensors` gave.
-
-        Raises:
-            KeyError: the tensors belong to another set of parameters.
-        """
-        for name, master in self.masters.items():
-            if tensors[f"step.{name}"] > 0:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self._adamw.state[master] = {key: tensors[f"{key}.{name}"].to(master.device).clone() for key in keys}
-            if self._has_master(name):
-                master.copy_(tensors[f"master.{name}"])
+    def state_was_loaded(self) -> None:
+        """To be called once `state_tensors` were filled: parameters become the roundings of their masters."""
         self._round_masters()
 
     def _has_master(self, name: str) -> bool:

@@ -71,6 +71,13 @@ def test_a_gradient_that_is_not_finite_updates_nothing() -> None:
     assert torch.equal(parameter, torch.ones(2))
 
 
+def _fill(resumed: MasterAdamW, optimizer: MasterAdamW) -> None:
+    with torch.no_grad():
+        for own, saved in zip(resumed.state_tensors().values(), optimizer.state_tensors().values(), strict=True):
+            own.copy_(saved)
+    resumed.state_was_loaded()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip_continues_bit_for_bit(dtype: torch.dtype) -> None:
     model = _model(dtype)
@@ -81,7 +88,7 @@ def test_state_round_trip_continues_bit_for_bit(dtype: torch.dtype) -> None:
     copy = _model(dtype)
     copy.load_state_dict(model.state_dict())
     resumed = MasterAdamW(copy.named_parameters(), OptimConfig(lr=1e-2))
-    resumed.load_state_tensors({name: tensor.clone() for name, tensor in optimizer.state_tensors().items()})
+    _fill(resumed, optimizer)
     for step in range(3, 6):
         for m, o in ((model, optimizer), (copy, resumed)):
             _backward(m, step)
@@ -95,14 +102,9 @@ def test_a_parameter_without_a_gradient_so_far_resumes_too() -> None:
     parameters["used"].sum().backward()
     optimizer.step(1e-2)
     resumed = MasterAdamW(parameters.items(), OptimConfig(lr=1e-2))
-    resumed.load_state_tensors(optimizer.state_tensors())
+    _fill(resumed, optimizer)
     assert resumed.state_tensors().keys() == optimizer.state_tensors().keys()
-
-
-def test_state_of_other_parameters_is_refused() -> None:
-    optimizer = MasterAdamW([("w", nn.Parameter(torch.ones(2)))], OptimConfig())
-    with pytest.raises(KeyError, match=r"step\.w"):
-        optimizer.load_state_tensors({})
+    assert resumed.state_tensors()["step.idle"] == 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedConfig
 from nemo_automodel.components.checkpoint import (
     CheckpointError,
     SafetensorsReader,
-    Together,
     load_parameters,
     publish_folder,
     write_shards,
@@ -34,6 +33,7 @@ from nemo_automodel.components.models.common.pretrained import (
     resolve_dtype,
 )
 from nemo_automodel.components.peft import save_adapter as write_adapter
+from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -153,8 +153,8 @@ class HFCheckpointingMixin(_Base):
         if unknown := [name for name, value in kwargs.items() if name not in harmless and value]:
             raise TypeError(f"save_pretrained does not take {unknown[0]!r} (to upload: model.push_to_hub(repo))")
         state = dict(self.state_dict() if state_dict is None else state_dict)
-        sharded = any(isinstance(tensor, DTensor) for tensor in state.values())
-        if not is_main_process and not sharded:
+        together = Together(alone=not any(isinstance(tensor, DTensor) for tensor in state.values()))
+        if not is_main_process and together.size == 1:
             return
         if (Path(save_directory) / "adapter_config.json").is_file():
             raise ValueError(
@@ -171,14 +171,26 @@ class HFCheckpointingMixin(_Base):
             if self.get_parameter(target) is self.get_parameter(source):
                 state.pop(target, None)
 
-        together = Together(alone=not sharded)
+        publish_folder(
+            save_directory,
+            lambda folder: self.write_checkpoint(folder, state.items(), max_shard_size, together),
+            together=together,
+        )
 
-        def write(folder: Path) -> None:
-            if together.leads:
-                self._write_configs(folder)
-            write_shards(folder, self._hf_tensors(state), max_shard_size, together)
+    def write_checkpoint(
+        self,
+        folder: Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        max_shard_size: int | str = "5GB",
+        together: Together | None = None,
+    ) -> None:
+        """Write config, generation config and the weights ``tensors``, of the model's own names, into ``folder``.
 
-        publish_folder(save_directory, write, together=together)
+        Tensors are taken one at a time, and DTensors gathered; all ranks of ``together`` call this. See `write_shards`.
+        """
+        if together is None or together.leads:
+            self._write_configs(folder)
+        write_shards(folder, self._hf_tensors(tensors), max_shard_size, together)
 
     def save_adapter(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the model's adapters in peft's format, for ``PeftModel.from_pretrained(base, save_directory)``.
@@ -312,14 +324,14 @@ class HFCheckpointingMixin(_Base):
             elif buffers:
                 module.to(device)
 
-    def _hf_tensors(self, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _hf_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        # gathered here, once: the parts of a sharded fused tensor would be sharded and gathered again
+        whole = ((own, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor) for own, tensor in tensors)
         if _overrides(self.state_dict_adapter, "to_hf"):
-            yield from self.state_dict_adapter.to_hf(state).items()
+            yield from self.state_dict_adapter.to_hf(dict(whole)).items()
             return
-        for own, tensor in state.items():
-            # gathered here, once: the parts of a sharded fused tensor would be sharded and gathered again
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield from self.state_dict_adapter.to_hf({own: whole}).items()
+        for own, tensor in whole:
+            yield from self.state_dict_adapter.to_hf({own: tensor}).items()
 
 
 def _overrides(adapter: Any, method: str) -> bool:

@@ -1,0 +1,49 @@
+"""Data parallelism with sharded parameters, gradients and optimizer state: torch's FSDP2."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+# the leading rank may export a model, or tokenize a data set, while the others wait
+_PATIENCE = timedelta(hours=2)
+
+
+def join_ranks(device: torch.device) -> torch.device:
+    """Join the other ranks where torchrun (or Slurm, with torchrun's variables) started several.
+
+    Returns:
+        The device of this rank: ``cuda:LOCAL_RANK`` for a device ``cuda``, otherwise ``device``.
+    """
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo beside NCCL: flags, counts and checkpoints travel on the host
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    return device
+
+
+def fully_shard_layers(model: nn.Module, layer_classes: set[str]) -> None:
+    """Shard ``model`` over all ranks, layer by layer; the ranks' gradients are averaged, in fp32.
+
+    Args:
+        model: on the meta device (its weights are then read shard by shard), or whole on every rank.
+        layer_classes: class names of the layers that are gathered one at a time.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ in layer_classes]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer of the classes {sorted(layer_classes)} to shard by")
+    for module in (*layers, model):
+        # the outermost too, which torch would leave gathered after a forward pass: what is not sharded is not saved
+        fully_shard(module, mp_policy=policy, reshard_after_forward=True)

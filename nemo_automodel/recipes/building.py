@@ -1,0 +1,73 @@
+"""From a training's configuration to its model: on this device, with its adapters, sharded over the ranks."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
+from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
+from nemo_automodel.components.distributed import fully_shard_layers
+from nemo_automodel.components.peft import apply_lora, init_adapters, layout_of
+from nemo_automodel.components.together import Together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nemo_automodel.recipes.train import TrainConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"train.device={name!r} is not usable here: {error}") from error
+    return torch.device(name)
+
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """What ``model.dtype: auto`` means: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is often slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, device: torch.device) -> "PreTrainedModel":
+    """The model to train, in training mode, with adapters at their start; on several ranks, this rank's shards of it.
+
+    Where ``resumed`` will bring all weights, none are read here.
+    """
+    options, several = config.model, Together().size > 1
+
+    def prepare(model: Any) -> None:
+        if config.lora is not None:
+            apply_lora(model, config.lora, layout_of(model))
+        if options.gradient_checkpointing:
+            # transformers 5.23 renamed it; 5.17 has the old name only
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        if several:
+            fully_shard_layers(model, set(model._no_split_modules))
+
+    common: dict[str, Any] = {
+        "dtype": DTYPES.get(options.dtype, auto_dtype(device)),
+        "attn_implementation": options.attn_implementation,
+        "backend": options.backend,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if (resumed and config.lora is None) or options.from_scratch:
+        # random weights are drawn whole, so that every mesh draws the same; sharding moves them to the device
+        source = resumed.folder / "hf" if resumed else options.path
+        model = NeMoAutoModelForCausalLM.from_config(source, device="cpu" if several else device, **common)
+        prepare(model)
+    else:
+        model = NeMoAutoModelForCausalLM.from_pretrained(options.path, device=device, prepare=prepare, **common)
+        if config.lora is not None:
+            init_adapters(model)
+    return model.train()
