@@ -98,6 +98,9 @@ def test_logits_are_pefts_on_load_after_export_and_merged(case: str, family: str
         expected = theirs.eval()(ids).logits
         assert (expected - ours(ids).logits).abs().max() > 0.05, "an adapter that changes nothing proves nothing"
         model = adapted(ours, tmp_path / "in").eval()
+        tied = MODELS[family][2]["tie_word_embeddings"] and not case.startswith(("head and", "embedding"))
+        assert model.config.tie_word_embeddings is tied
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
         assert_near(model(ids).logits, expected, what="loaded")
         model.save_adapter(tmp_path / "out")
         assert_near(PeftModel.from_pretrained(hf, tmp_path / "out").eval()(ids).logits, expected, what="exported")
