@@ -209,7 +209,7 @@ class HFCheckpointingMixin(_Base):
         together = Together(alone=not any(isinstance(tensor, DTensor) for tensor in self.parameters()))
         publish_folder(
             save_directory,
-            lambda folder: write_adapter(self, folder, base_model=self.name_or_path, writes=together.leads),
+            lambda folder: write_adapter(self, folder, base_model=self.name_or_path or "", writes=together.leads),
             together=together,
         )
 
