@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nemo_automodel._transformers import registry
-from nemo_automodel.components.checkpoint import CheckpointError
+from nemo_automodel.components.checkpoint import CheckpointError, SafetensorsReader
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.pretrained import (
     default_dtype,
@@ -59,6 +59,7 @@ class _NeMoAutoModel:
         trust_remote_code: bool = False,
         prepare: Callable[[Any], None] | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        check_finite: bool = False,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a Hugging Face checkpoint into the registered class of its architecture.
@@ -78,6 +79,7 @@ class _NeMoAutoModel:
                 `HFCheckpointingMixin.from_pretrained`. (transformers' own classes: after the weights are.)
             adapter: a local folder with a LoRA or DoRA adapter in peft's format, put on top; it comes before
                 ``prepare``. The model is frozen but for the adapter. See `PeftAdapter`.
+            check_finite: refuse weights that are NaN or infinite, by name.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the Hub; any other name must be
                 a field of the config, which it overrides.
 
@@ -97,9 +99,19 @@ class _NeMoAutoModel:
         dtype = dtype if dtype is not None else torch_dtype
         if (model_class := cls._resolve(config)) is not None:
             model = model_class.from_pretrained(
-                folder, config=config, dtype=dtype, backend=backend, device=device, prepare=prepare
+                folder,
+                config=config,
+                dtype=dtype,
+                backend=backend,
+                device=device,
+                prepare=prepare,
+                check_finite=check_finite,
             )
         else:
+            if check_finite:
+                reader = SafetensorsReader(folder, check_finite=True)
+                for key in reader:
+                    reader.read(key)
             model = cls._load_transformers_own(folder, config, backend, dtype or "auto", trust_remote_code)
             model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
             if prepare is not None:

@@ -1,19 +1,21 @@
 """From trained weights to what others read: plain Hugging Face folders, and adapters in peft's format."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint import CheckpointError, TrainingCheckpoints, publish_folder
 from nemo_automodel.components.checkpoint.loading import assign
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
+from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of, merge_lora, save_adapter
 from nemo_automodel.components.together import Together
 
@@ -54,7 +56,7 @@ def export_trained(
         merge_lora(model)
 
     def write(folder: Path) -> None:
-        if hasattr(model, "write_checkpoint"):
+        if isinstance(model, HFCheckpointingMixin):
             model.write_checkpoint(folder, _untied(model), together=together)
         else:  # transformers' own class: gathered whole, for the leading rank to write
             state = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
@@ -95,7 +97,7 @@ def export_checkpoint(path: Path, out: Path) -> Path:
         return publish_folder(out, lambda folder: save_adapter(model, folder, config, base))
 
     def write(folder: Path) -> None:
-        if hasattr(model, "write_checkpoint"):
+        if isinstance(model, HFCheckpointingMixin):
             model.write_checkpoint(folder, _stored(checkpoint, dict(_untied(model))))
         else:
             for name, tensor in _stored(checkpoint, dict(model.named_parameters())):
@@ -116,7 +118,7 @@ def _find(path: Path) -> TrainingCheckpoint:
     raise CheckpointError(f"{path} holds no training checkpoint: give a step-... folder, or the folder of a run")
 
 
-def _stored(checkpoint: TrainingCheckpoint, like: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _stored(checkpoint: TrainingCheckpoint, like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's values of the parameters ``like``, which may be on meta; a group of them at a time."""
     group: dict[str, Tensor] = {}
     for name, parameter in like.items():
@@ -148,4 +150,4 @@ def _own_folder(folder: Path, together: Together) -> Iterator[Path]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor

@@ -128,3 +128,21 @@ ROWS = "qkv_proj: 13 rows are not a whole number of groups of 12"
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("fusion", "groups"),
+    [(qkv_fusion(6, 3, 4), 3), (qkv_fusion(4, 4, 2), 4), (qkv_fusion(5, 1, 3), 1), (GATE_UP, 7)],
+    ids=["gqa", "mha", "mqa", "gate_up"],
+)
+def test_runs_find_every_row_of_every_shard(fusion: Fusion, groups: int) -> None:
+    """Any cut, through groups, blocks and pairs: what the runs bring is what the whole has there."""
+    parts = [torch.arange(groups * block)[:, None] + 1000 * i for i, block in enumerate(fusion.blocks)]
+    whole = fusion.fuse(parts)
+    for start in range(len(whole) + 1):
+        for stop in range(start, len(whole) + 1):
+            shard = torch.full((stop - start, 1), -1)
+            for name, part in zip(fusion.parts, parts, strict=True):
+                for run in fusion.runs(name, start, stop):
+                    run.view(shard).copy_(part[run.hf : run.hf + run.groups * run.rows].view(run.groups, run.rows, 1))
+            assert torch.equal(shard, whole[start:stop]), (start, stop)

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from nemo_automodel.components.checkpoint.reading import CheckpointError, SafetensorsReader
+from nemo_automodel.components.checkpoint.reading import CheckpointError, TensorReader
 from nemo_automodel.components.checkpoint.shards import Region, empty_local, with_local
 from nemo_automodel.components.layout import Layout, PartKey, RowRun
 
@@ -25,7 +25,7 @@ _SHOWN = 8
 
 def load_parameters(
     model: nn.Module,
-    reader: SafetensorsReader,
+    reader: TensorReader,
     layout: Layout,
     *,
     dtype: torch.dtype,
@@ -104,7 +104,7 @@ class _Piece:
     start: int
     stride: int
 
-    def read(self, reader: SafetensorsReader) -> None:
+    def read(self, reader: TensorReader) -> None:
         if not self.stride:
             reader.read_into(self.target, self.key, self.start)
             return
@@ -118,7 +118,7 @@ class _Piece:
             self.target.copy_(rows)
 
 
-def _pieces(key: str, place: PartKey, shard: Tensor, region: Region, reader: SafetensorsReader) -> Iterator[_Piece]:
+def _pieces(key: str, place: PartKey, shard: Tensor, region: Region, reader: TensorReader) -> Iterator[_Piece]:
     """Pieces that together bring this rank's share of the tensor ``key``."""
     if not shard.numel():
         return
@@ -152,7 +152,7 @@ def _runs(place: PartKey, shard: Tensor, region: Region) -> Iterator[tuple[RowRu
 def _check(
     own: Mapping[str, Tensor],
     plan: Mapping[str, PartKey],
-    reader: SafetensorsReader,
+    reader: TensorReader,
     layout: Layout,
     tied: Mapping[str, str],
     may_miss: Collection[str],
@@ -185,7 +185,7 @@ def _check(
     return excused
 
 
-def refuse(reader: SafetensorsReader, problems: list[str]) -> None:
+def refuse(reader: TensorReader, problems: list[str]) -> None:
     """Raise a CheckpointError that lists the first of the problems and counts the rest; none of them: do nothing."""
     if problems:
         shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])

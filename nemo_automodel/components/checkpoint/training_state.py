@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -126,7 +126,7 @@ class TrainingCheckpoints:
         options: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
         with _torch_errors(f"{target} cannot be saved"):
             if self.asynchronous:
-                self._pending = dcp.async_save(values, **options)
+                self._pending = cast(Future[Any], dcp.async_save(values, **options))
             else:
                 dcp.save(values, **options)
         return target

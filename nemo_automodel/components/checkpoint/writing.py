@@ -63,15 +63,20 @@ def write_shards(
                 shards.append([])
                 pending_size = 0
             shards[-1].append(name)
-            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if (len(shards) - 1) % together.size == together.rank:
-                mine[name] = whole.to("cpu").contiguous()
+                mine[name] = whole.detach().to("cpu").contiguous()
             pending_size += size
             total += size
         flush()
     # a rank that could not write has gathered on, so that the others do not wait for it for ever
-    together.run(lambda: [shard.result() for shard in written] and None)
+    together.run(lambda: _raise_first(written))
     together.run(lambda: _name_shards(folder, shards, total), everywhere=False)
+
+
+def _raise_first(written: list[Future[None]]) -> None:
+    for shard in written:
+        shard.result()
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:

@@ -146,7 +146,9 @@ def test_quantized_checkpoints_are_refused_by_their_config(tmp_path):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for load in LOADERS:
-        with pytest.raises(CheckpointError, match="quantization_config; quantized weights are not read"):
+        with pytest.raises(
+            CheckpointError, match="quantization_config has quant_method 'gptq'; only 'fp8' in blocks is read"
+        ):
             load(tmp_path)
 
 

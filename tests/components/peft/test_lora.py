@@ -115,6 +115,14 @@ def test_an_unknown_target_names_those_there_are() -> None:
         apply_lora(ours, LoRAConfig(targets=["q_proj", "query"]), ours.state_dict_adapter.layout)
 
 
+def test_an_adapted_models_own_state_dict_loads_into_it() -> None:
+    _, ours = twins(LlamaForCausalLM, tiny())
+    apply_lora(ours, LoRAConfig(targets=["q_proj"]), ours.state_dict_adapter.layout)
+    state = {name: torch.randn_like(value) for name, value in ours.state_dict().items()}
+    ours.load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
 def test_an_adapter_that_does_not_fit_changes_nothing(damage: str) -> None:
     _, ours, tensors = _peft_twin(["q_proj"])

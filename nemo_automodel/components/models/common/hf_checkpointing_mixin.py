@@ -13,8 +13,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from nemo_automodel.components.checkpoint import (
     CheckpointError,
-    SafetensorsReader,
+    TensorReader,
     load_parameters,
+    open_checkpoint,
     publish_folder,
     write_shards,
 )
@@ -75,6 +76,7 @@ class HFCheckpointingMixin(_Base):
         backend: BackendConfig | Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         prepare: Callable[[Self], None] | None = None,
+        check_finite: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Load a Hugging Face checkpoint, in evaluation mode.
@@ -94,6 +96,7 @@ class HFCheckpointingMixin(_Base):
             prepare: called with the model on the meta device, to add adapters or shard it (``fully_shard``,
                 ``parallelize_module``); each rank then reads its own shards only. Adapters stay NaN until
                 `init_adapters` or their own file sets them.
+            check_finite: refuse weights that are NaN or infinite, by name.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the Hub; any other name must be
                 a field of the config, which it overrides.
 
@@ -106,11 +109,12 @@ class HFCheckpointingMixin(_Base):
             assert cls.config_class is not None, f"{cls.__name__} must set config_class"
             config = cls.config_class.from_pretrained(folder)
         config = overridden(config, kwargs)
-        if getattr(config, "quantization_config", None):
-            raise CheckpointError(f"{folder}: config.json has a quantization_config; quantized weights are not read")
-        reader = SafetensorsReader(folder)
+        quantization = config.__dict__.pop("quantization_config", None)  # a plain model comes of it
+        reader = open_checkpoint(folder, quantization, check_finite=check_finite)
         backend = BackendConfig.of(backend).apply_to(config, attn_implementation)
         dtype = resolve_dtype(dtype if dtype is not None else torch_dtype, config, reader)
+        if quantization:  # once more, so that weights are rounded once, to what the model holds
+            reader = open_checkpoint(folder, quantization, dtype=dtype, check_finite=check_finite)
         with default_dtype(dtype), torch.device("meta"):
             model = cls.from_config(config, backend=backend)
         if prepare is not None:
@@ -227,9 +231,9 @@ class HFCheckpointingMixin(_Base):
         with ``strict=False``; without this they would be dropped with a warning.
         """
         layout = self.state_dict_adapter.layout
-        if not any(layout.locate(key).fusion for key in state_dict):
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         current = self.state_dict()
+        if not any(layout.locate(key).fusion for key in state_dict if key not in current):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         if strict:
             whole = self.state_dict_adapter.from_hf(state_dict)
             if HEAD not in state_dict and HEAD not in current:  # a classifier has no head to tie
@@ -257,7 +261,7 @@ class HFCheckpointingMixin(_Base):
             return torch.full(current.shape, float("nan"), dtype=current.dtype, device=like.device)
         return current.clone()
 
-    def _fill(self, reader: SafetensorsReader, dtype: torch.dtype, device: torch.device | str) -> None:
+    def _fill(self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str) -> None:
         if _overrides(self.state_dict_adapter, "from_hf"):
             missing = self._fill_through_from_hf(reader, dtype, device)
         else:
@@ -283,9 +287,7 @@ class HFCheckpointingMixin(_Base):
     def _may_ignore(self) -> tuple[str, ...]:
         return (*(self._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)
 
-    def _fill_through_from_hf(
-        self, reader: SafetensorsReader, dtype: torch.dtype, device: torch.device | str
-    ) -> set[str]:
+    def _fill_through_from_hf(self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str) -> set[str]:
         """For adapters that override ``from_hf``: the whole state dict passes through it at once."""
         own = self.state_dict(keep_vars=True)
         try:

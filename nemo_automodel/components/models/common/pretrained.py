@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
-from nemo_automodel.components.checkpoint import CheckpointError, SafetensorsReader
+from nemo_automodel.components.checkpoint import CheckpointError, SafetensorsReader, TensorReader
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -71,7 +71,7 @@ def overridden(config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrain
 
 
 def resolve_dtype(
-    dtype: torch.dtype | str | None, config: PreTrainedConfig, reader: SafetensorsReader | None
+    dtype: torch.dtype | str | None, config: PreTrainedConfig, reader: TensorReader | None
 ) -> torch.dtype:
     """The dtype asked for; for None and "auto" the config's, else that of the checkpoint's first float tensor.
 
