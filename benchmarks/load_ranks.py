@@ -1,4 +1,4 @@
-"""Load time and memory of a checkpoint on 1, 2 and 4 ranks, beside transformers with and without its tensor parallelism.
+"""Load time and memory of a checkpoint on 1, 2 and 4 ranks, beside transformers with and without its ``tp_plan``.
 
     python benchmarks/load_ranks.py                 # about 4 GB of random bf16 weights, CPU ranks with gloo
     python benchmarks/load_ranks.py --layers 2 --runs 1
@@ -80,7 +80,6 @@ def run(library: str, mesh: str, ranks: int, folder: str) -> dict[str, float]:
 
 
 def load(library: str, mesh: str, folder: Path) -> dict[str, float]:
-    import torch
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
