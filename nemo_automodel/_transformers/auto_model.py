@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -144,6 +145,7 @@ class _NeMoAutoModel:
             device: where the parameters go.
             trust_remote_code: as for `from_pretrained`.
         """
+        folder = None
         if isinstance(config, str | os.PathLike):
             folder = fetch(config, weights=False, code=trust_remote_code)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -155,9 +157,11 @@ class _NeMoAutoModel:
         model_class = cls._resolve(config)
         if model_class is None:
             _refuse_kernels(config, backend)
-            return cls._fallback.from_config(config, dtype=resolved, trust_remote_code=trust_remote_code).to(device)
+            model = cls._fallback.from_config(config, dtype=resolved, trust_remote_code=trust_remote_code).to(device)
+            return _with_generation_config(model, folder)
+        config.__dict__.pop("quantization_config", None)  # its weights are plain
         with default_dtype(resolved), torch.device(device):
-            return model_class.from_config(config, backend=backend)
+            return _with_generation_config(model_class.from_config(config, backend=backend), folder)
 
     @classmethod
     def _load_transformers_own(
@@ -212,6 +216,12 @@ def _in_turn(first: Callable[[Any], None], second: Callable[[Any], None] | None)
             second(model)
 
     return both
+
+
+def _with_generation_config(model: PreTrainedModel, folder: Path | None) -> PreTrainedModel:
+    if folder is not None and model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _refuse_kernels(config: PreTrainedConfig, backend: BackendConfig) -> None:

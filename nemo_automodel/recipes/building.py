@@ -53,7 +53,7 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if several:
-            fully_shard_layers(model, set(model._no_split_modules))
+            fully_shard_layers(model, set(model._no_split_modules), device)
 
     common: dict[str, Any] = {
         "dtype": DTYPES.get(options.dtype, auto_dtype(device)),
@@ -62,7 +62,7 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
         "trust_remote_code": options.trust_remote_code,
     }
     if (resumed and config.lora is None) or options.from_scratch:
-        # random weights are drawn whole, so that every mesh draws the same; sharding moves them to the device
+        # drawn whole, by the CPU's generator, so that all ranks draw the same; sharding moves them to the device
         source = resumed.folder / "hf" if resumed else options.path
         model = NeMoAutoModelForCausalLM.from_config(source, device="cpu" if several else device, **common)
         prepare(model)

@@ -100,7 +100,7 @@ def export_checkpoint(path: Path, out: Path) -> Path:
         if isinstance(model, HFCheckpointingMixin):
             model.write_checkpoint(folder, _stored(checkpoint, dict(_untied(model))))
         else:
-            for name, tensor in _stored(checkpoint, dict(model.named_parameters())):
+            for name, tensor in _stored(checkpoint, dict(_untied(model))):
                 assign(model, name, tensor)
             model.tie_weights()
             model.save_pretrained(folder)

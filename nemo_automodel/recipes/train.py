@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nemo_automodel._transformers.tokenizer import load_tokenizer
-from nemo_automodel.components.checkpoint import TrainingCheckpoints
+from nemo_automodel.components.checkpoint import CheckpointError, TrainingCheckpoints
 from nemo_automodel.components.checkpoint.training_state import (
     TrainingCheckpoint,
     random_state,
@@ -88,6 +88,10 @@ class TrainConfig:
     train: LoopConfig = arg(LoopConfig(), "the loop")
     optim: OptimConfig = arg(OptimConfig(), "AdamW and its schedule")
     lora: LoRAConfig | None = arg(None, "train low-rank adapters only; set any key (or {}) to turn it on")
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.model.from_scratch:
+            raise ValueError("model.from_scratch=true with lora: the random weights under the adapters would be lost")
 
 
 @dataclass(frozen=True)
@@ -244,12 +248,14 @@ class Run:
         """A checkpoint that the same command resumes from, on any number of ranks."""
         self.checkpoints.save(
             step,
-            tensors=self._tensors() | random_state(),
+            tensors=self._tensors() | random_state(self.device),
             state={
                 "stream": self.stream.state_dict(),
                 "loss": self.loss,
                 "val_loss": self.val_loss,
                 "ranks": self.together.size,
+                "device": self.device.type,
+                "dtype": str(self.model.dtype),
                 "config": identity(self.config),
             },
             write_files=lambda folder: save_description(self.model, self.tokenizer, folder / "hf"),
@@ -269,8 +275,14 @@ class Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What is trained, and the optimizer's state: to be saved, or filled in place."""
-        trained = {f"model.{name}": parameter for name, parameter in self.optimizer.parameters.items()}
-        return trained | self.optimizer.state_tensors()
+        weights: dict[str, torch.Tensor] = dict(self.optimizer.parameters)
+        if self.config.lora is None:  # buffers too, and what is frozen: the whole model comes back from here
+            seen = {id(parameter) for parameter in weights.values()}
+            for name, tensor in self.model.state_dict(keep_vars=True).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    weights[name] = tensor
+        return {f"model.{name}": tensor for name, tensor in weights.items()} | self.optimizer.state_tensors()
 
     def _open_folder(self) -> None:
         folder = self.config.output_dir
@@ -281,14 +293,19 @@ class Run:
         self.metrics = MetricsLog(folder, resume_step=self.done)
 
     def _resume(self, checkpoint: TrainingCheckpoint) -> None:
+        if (before := checkpoint.state["dtype"]) != str(self.model.dtype):
+            raise CheckpointError(
+                f"{checkpoint.folder} was trained in {before}, and here model.dtype={self.config.model.dtype!r} means "
+                f"{self.model.dtype}, which would drop its fp32 masters; set model.dtype to what it was"
+            )
         checkpoint.load(self._tensors())
         self.optimizer.state_was_loaded()
         self.stream.load_state_dict(checkpoint.state["stream"])
         self.done, self.loss, self.val_loss = checkpoint.step, checkpoint.state["loss"], checkpoint.state["val_loss"]
-        if checkpoint.state["ranks"] == self.together.size:
-            states = random_state()
+        if (checkpoint.state["ranks"], checkpoint.state["device"]) == (self.together.size, self.device.type):
+            states = random_state(self.device)
             checkpoint.load(states)
-            restore_random_state(states)
+            restore_random_state(states, self.device)
         else:  # no rank has a generator to go on with: a new one, of its own
             torch.manual_seed(self.config.train.seed + self.together.rank + self.together.size * self.done)
         self.say(f"resuming after step {checkpoint.step} from {checkpoint.folder}")

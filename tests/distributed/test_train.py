@@ -53,7 +53,13 @@ def test_ranks_train_what_one_process_trains(
     ranks: int,
 ) -> None:
     """The batch of 6 rows (5 left at an epoch's end) does not divide evenly: some rank has no row of its own."""
-    options = {"train__max_steps": 5, "train__save_every": 5, "data__validation": rows, **OPTIONS[name]}
+    options = {
+        "train__device": "cpu",
+        "train__max_steps": 5,
+        "train__save_every": 5,
+        "data__validation": rows,
+        **OPTIONS[name],
+    }
     _train(overrides("one", **options))
     run_ranks(ranks, _train, overrides("several", **options))
     # the order of additions differs; bf16 gradients are rounded once a rank and micro-batch
@@ -79,7 +85,7 @@ def test_a_run_goes_on_with_other_ranks(
     name: str,
 ) -> None:
     """Three steps on two ranks, three on one, three on four: the data goes on where it was, and so do the moments."""
-    options = {"train__save_every": 3, **OPTIONS[name]}
+    options = {"train__device": "cpu", "train__save_every": 3, **OPTIONS[name]}
     _train(overrides("whole", train__max_steps=9, **options))
     for ranks in (2, 1, 4):
         stop = 3 * ((2, 1, 4).index(ranks) + 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_automodel.components.checkpoint import CheckpointError
-from nemo_automodel.config import load_config
+from nemo_automodel.config import ConfigError, load_config
+from nemo_automodel.recipes import building
 from nemo_automodel.recipes import train as recipe
+from nemo_automodel.recipes.export import export_checkpoint
 from nemo_automodel.recipes.train import TrainConfig, TrainingError, train
 from tests.recipes.conftest import write_checkpoint
 
@@ -285,3 +288,49 @@ def test_an_empty_answer_is_nothing_to_learn(overrides: Overrides, tmp_path: Pat
     rows.write_text(json.dumps({"messages": messages}) + "\n")
     with pytest.raises(ValueError, match=r"^data\.train: .*no token is supervised"):
         run(overrides(data__train=rows))
+
+
+def test_a_resumed_run_keeps_the_generation_config(overrides: Overrides, checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(checkpoint, source)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2], "temperature": 0.6}))
+    words = {"model__path": source, "train__max_steps": 2, "train__save_every": 1}
+    training = recipe.Run(load_config(TrainConfig, None, overrides(**words)), lambda line: None)
+    training.step(1)
+    training.save(1)
+    training.checkpoints.wait()
+    summary = run(overrides(**words))
+    exported = export_checkpoint(tmp_path / "run", tmp_path / "exported")
+    for folder in (summary.hf_folder, exported):
+        kept = json.loads((folder / "generation_config.json").read_text())
+        assert (kept["eos_token_id"], kept["temperature"]) == ([5, 2], 0.6)
+
+
+def test_buffers_are_saved_too(overrides: Overrides, tmp_path: Path) -> None:
+    """A model that keeps a persistent buffer, as some of transformers' do."""
+
+    def started() -> recipe.Run:
+        training = recipe.Run(load_config(TrainConfig, None, overrides(train__max_steps=2)), lambda line: None)
+        if "bias" not in training.model._buffers:
+            training.model.register_buffer("bias", torch.zeros(3))
+        return training
+
+    training = started()
+    training.model.bias += 7
+    assert "model.bias" in training._tensors()
+    assert sum(name.startswith("model.lm_head") for name in training._tensors()) == 0  # tied: once
+
+
+def test_resuming_in_another_dtype_is_refused(overrides: Overrides) -> None:
+    words = {"train__max_steps": 2, "train__save_every": 1}
+    run(overrides(**words))
+    resumed = load_config(TrainConfig, None, overrides(**words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "auto_dtype", lambda device: torch.bfloat16)  # what a GPU would take
+        with pytest.raises(CheckpointError, match=r"trained in torch.float32, and here model.dtype='auto' means"):
+            recipe.Run(resumed, lambda line: None)
+
+
+def test_lora_on_random_weights_is_refused(overrides: Overrides) -> None:
+    with pytest.raises(ConfigError, match="from_scratch=true with lora"):
+        load_config(TrainConfig, None, overrides(model__from_scratch="true", lora__r=4))

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 _STATE = "state.json"
+_CPU = torch.device("cpu")
 _FILE_BYTES = 2**30
 
 
@@ -118,6 +119,9 @@ class TrainingCheckpoints:
             files = {str(f.relative_to(shards)): f.stat().st_size for f in sorted(shards.rglob("*")) if f.is_file()}
             (shards / _STATE).write_text(json.dumps(content | {"files": files}, indent=2) + "\n")
             publish_folder(target, lambda aside: _move_all(shards, aside), replace=True)
+            for folder in self._folders():
+                if folder.name > target.name:  # damaged, since training went on from before it
+                    discard(folder)
             self._prune()
 
         self._together.run(prepare, everywhere=False)
@@ -250,18 +254,18 @@ def _torch_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's random generators, as byte tensors ``[ranks, bytes]``: the CPU's and each rank's GPU's."""
+def random_state(device: torch.device = _CPU) -> dict[str, Tensor]:
+    """The states of torch's random generators, the CPU's and a GPU ``device``'s: byte tensors ``[ranks, bytes]``."""
     states = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["rng.cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
     together = Together()
     return {name: together.gather(state) for name, state in states.items()}
 
 
-def restore_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `random_state`, on as many ranks."""
+def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device = _CPU) -> None:
+    """The inverse of `random_state`, on as many ranks and the same kind of device."""
     rank = Together().rank
     torch.set_rng_state(tensors["rng.cpu"][rank])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"][rank])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"][rank], device)

@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 # the leading rank may export a model, or tokenize a data set, while the others wait
@@ -30,12 +31,13 @@ def join_ranks(device: torch.device) -> torch.device:
     return device
 
 
-def fully_shard_layers(model: nn.Module, layer_classes: set[str]) -> None:
+def fully_shard_layers(model: nn.Module, layer_classes: set[str], device: torch.device) -> None:
     """Shard ``model`` over all ranks, layer by layer; the ranks' gradients are averaged, in fp32.
 
     Args:
         model: on the meta device (its weights are then read shard by shard), or whole on every rank.
         layer_classes: class names of the layers that are gathered one at a time.
+        device: where this rank computes.
 
     Raises:
         ValueError: the model has no such layer.
@@ -44,6 +46,8 @@ def fully_shard_layers(model: nn.Module, layer_classes: set[str]) -> None:
     layers = [module for module in model.modules() if type(module).__name__ in layer_classes]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer of the classes {sorted(layer_classes)} to shard by")
+    # torch's default is a mesh of GPUs wherever there are some, also for ranks that compute on the CPU
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*layers, model):
         # the outermost too, which torch would leave gathered after a forward pass: what is not sharded is not saved
-        fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

@@ -140,6 +140,16 @@ def test_a_damaged_checkpoint_is_never_taken_and_no_obstacle_to_saving(tmp_path,
     assert checkpoints.latest().step == 3
 
 
+def test_a_damaged_newer_one_does_not_crowd_out_what_is_saved_after_it(tmp_path):
+    checkpoints = TrainingCheckpoints(tmp_path, keep_last=1)
+    save(checkpoints, 50)
+    shutil.copytree(tmp_path / "step-00000050", tmp_path / "step-00000100")
+    truncate(tmp_path / "step-00000100" / TENSORS)
+    assert checkpoints.latest().step == 50
+    save(checkpoints, 60)
+    assert steps(checkpoints) == [60]
+
+
 def test_with_damaged_ones_only_nothing_starts_over_in_silence(tmp_path):
     checkpoints = TrainingCheckpoints(tmp_path)
     truncate(save(checkpoints, 2) / TENSORS)

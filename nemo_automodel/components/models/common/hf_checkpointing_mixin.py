@@ -192,8 +192,8 @@ class HFCheckpointingMixin(_Base):
 
         Tensors are taken one at a time, and DTensors gathered; all ranks of ``together`` call this. See `write_shards`.
         """
-        if together is None or together.leads:
-            self._write_configs(folder)
+        together = together or Together(alone=True)
+        together.run(lambda: self._write_configs(folder), everywhere=False)
         write_shards(folder, self._hf_tensors(tensors), max_shard_size, together)
 
     def save_adapter(self, save_directory: str | os.PathLike[str]) -> None:
