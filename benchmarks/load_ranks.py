@@ -40,7 +40,13 @@ def main() -> None:
         print(f"{size / 1e9:.2f} GB, {args.runs} runs each, median")
         print(f"{'':24}{'returned s':>12}{'updated s':>12}{'shard MB':>12}{'peak - shard MB':>18}")
         for library, mesh, ranks in CASES:
-            rows = [run(library, mesh, ranks, folder) for _ in range(args.runs)]
+            try:
+                rows = [run(library, mesh, ranks, folder) for _ in range(args.runs)]
+            except subprocess.CalledProcessError as error:
+                print(
+                    f"{library + ' ' + mesh + ' x' + str(ranks):24}  failed: exit status {error.returncode}", flush=True
+                )
+                continue
             cells = [f"{median(row[key] for row in rows):.2f}" for key in ("returned", "updated")]
             cells += [f"{rows[0]['shard'] / 1e6:.0f}"]
             print(f"{library + ' ' + mesh + ' x' + str(ranks):24}{cells[0]:>12}{cells[1]:>12}{cells[2]:>12}", end="")
@@ -75,7 +81,11 @@ def run(library: str, mesh: str, ranks: int, folder: str) -> dict[str, float]:
             environment |= {"STORE": f"file://{store}/store", "OMP_NUM_THREADS": "1"}
             command = [sys.executable, __file__, "--rank", library, mesh, folder]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        rows = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+        outputs = [process.communicate()[0] for process in processes]
+    for process in processes:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    rows = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {key: max(row[key] for row in rows) for key in rows[0]}
 
 
@@ -100,7 +110,8 @@ def load(library: str, mesh: str, folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     model = Auto.from_pretrained(folder, dtype="bfloat16", **options)
     returned = time.perf_counter() - start
-    locals_ = [p.to_local() if isinstance(p, DTensor) else p.data for p in model.parameters()]
+    parameters = [p.detach() for p in model.parameters()]
+    locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     for parameter in locals_:
         parameter.mul_(0.5)
     updated, held = time.perf_counter() - start, sum(parameter.nbytes for parameter in locals_)
