@@ -62,5 +62,5 @@ def test_a_hundred_kills_lose_nothing(overrides: Callable[..., list[str]], tmp_p
         rows = (tmp_path / out / "metrics.jsonl").read_text().split("\n")
         assert [json.loads(row)["loss"] for row in rows if row] == expected_losses
         runs += 1
-    assert len(at) > 8, f"the kills came at the same few steps: {sorted(at)}"
+    assert len(at) > 4, f"the kills came at the same few steps: {sorted(at)}"
     print(f"{kills} kills over {runs} runs, at steps {sorted(at)}")
