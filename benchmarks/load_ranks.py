@@ -12,7 +12,6 @@ resident counts.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from load_time import make_checkpoint, resident
 
 CASES = [("ours", "", 1), ("transformers", "", 1), ("ours", "fsdp", 2), ("ours", "tp", 2), ("transformers", "tp", 2)]
 CASES += [("ours", "fsdp", 4), ("ours", "tp", 4), ("transformers", "tp", 4)]
@@ -35,7 +36,7 @@ def main() -> None:
         print(json.dumps(load(args.rank[0], args.rank[1], Path(args.rank[2]))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder), args.layers)
+        make_checkpoint(Path(folder), args.layers, "1GB", vocab_size=32000)
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         print(f"{size / 1e9:.2f} GB, {args.runs} runs each, median")
         print(f"{'':24}{'returned s':>12}{'updated s':>12}{'shard MB':>12}{'peak - shard MB':>18}")
@@ -51,25 +52,6 @@ def main() -> None:
             cells += [f"{rows[0]['shard'] / 1e6:.0f}"]
             print(f"{library + ' ' + mesh + ' x' + str(ranks):24}{cells[0]:>12}{cells[1]:>12}{cells[2]:>12}", end="")
             print(f"{max(row['over'] for row in rows) / 1e6:>18.0f}", flush=True)
-
-
-def make_checkpoint(folder: Path, layers: int) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="1GB")
 
 
 def run(library: str, mesh: str, ranks: int, folder: str) -> dict[str, float]:
@@ -133,11 +115,6 @@ def shard(model: Any, mesh: str) -> None:
             fully_shard(layer, mesh=axis)
     if mesh == "fsdp":
         fully_shard(model, mesh=axis)
-
-
-def resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -57,13 +57,13 @@ def main() -> None:
             compare(Path(folder), args.dtype, args.device, args.runs, args.cold)
 
 
-def make_checkpoint(folder: Path, layers: int, shard_size: str) -> None:
+def make_checkpoint(folder: Path, layers: int, shard_size: str, vocab_size: int = 128256) -> None:
     """Llama-3.2-1B's shapes with random values, written by transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128256,
+        vocab_size=vocab_size,
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=layers,

@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,6 +27,7 @@ from nemo_automodel.components.models.common.pretrained import (
     fetch,
     overridden,
     pop_hub_options,
+    read_generation_config,
     resolve_dtype,
 )
 from nemo_automodel.components.peft import PeftAdapter
@@ -158,10 +158,13 @@ class _NeMoAutoModel:
         if model_class is None:
             _refuse_kernels(config, backend)
             model = cls._fallback.from_config(config, dtype=resolved, trust_remote_code=trust_remote_code).to(device)
-            return _with_generation_config(model, folder)
-        config.__dict__.pop("quantization_config", None)  # its weights are plain
-        with default_dtype(resolved), torch.device(device):
-            return _with_generation_config(model_class.from_config(config, backend=backend), folder)
+        else:
+            config.__dict__.pop("quantization_config", None)  # its weights are plain
+            with default_dtype(resolved), torch.device(device):
+                model = model_class.from_config(config, backend=backend)
+        if folder is not None:
+            read_generation_config(model, folder)
+        return model
 
     @classmethod
     def _load_transformers_own(
@@ -216,12 +219,6 @@ def _in_turn(first: Callable[[Any], None], second: Callable[[Any], None] | None)
             second(model)
 
     return both
-
-
-def _with_generation_config(model: PreTrainedModel, folder: Path | None) -> PreTrainedModel:
-    if folder is not None and model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def _refuse_kernels(config: PreTrainedConfig, backend: BackendConfig) -> None:

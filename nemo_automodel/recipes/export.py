@@ -1,8 +1,6 @@
 """From trained weights to what others read: plain Hugging Face folders, and adapters in peft's format."""
 
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,9 @@ from nemo_automodel.components.checkpoint import CheckpointError, TrainingCheckp
 from nemo_automodel.components.checkpoint.loading import assign
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
+from nemo_automodel.components.models.common.pretrained import write_configs
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of, merge_lora, save_adapter
+from nemo_automodel.components.placement import whole
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -29,11 +29,7 @@ _GROUP_BYTES = 2**30
 
 def save_description(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write all of a Hugging Face folder but its weights: configs, tokenizer, chat template."""
-    model.config.dtype = model.dtype
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    write_configs(model, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -49,17 +45,19 @@ def export_trained(
     if config.lora is not None:
 
         def write_adapter(folder: Path) -> None:
-            with _own_folder(folder, together) as own:
-                save_adapter(model, own, config.lora, config.model.path)
+            save_adapter(model, folder, config.lora, config.model.path, writes=together.leads)
 
         adapter = publish_folder(config.output_dir / "adapter", write_adapter, together=together)
         merge_lora(model)
 
     def write(folder: Path) -> None:
         if isinstance(model, HFCheckpointingMixin):
-            model.write_checkpoint(folder, _untied(model), together=together)
+            model.write_checkpoint(folder, untied(model), together=together)
         else:  # transformers' own class: gathered whole, for the leading rank to write
-            state = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+            state = {
+                name: whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+                for name, tensor in model.state_dict().items()
+            }
             if together.leads:
                 model.save_pretrained(folder, state_dict=state)
         if together.leads:
@@ -98,9 +96,9 @@ def export_checkpoint(path: Path, out: Path) -> Path:
 
     def write(folder: Path) -> None:
         if isinstance(model, HFCheckpointingMixin):
-            model.write_checkpoint(folder, _stored(checkpoint, dict(_untied(model))))
+            model.write_checkpoint(folder, _stored(checkpoint, dict(untied(model))))
         else:
-            for name, tensor in _stored(checkpoint, dict(_untied(model))):
+            for name, tensor in _stored(checkpoint, dict(untied(model))):
                 assign(model, name, tensor)
             model.tie_weights()
             model.save_pretrained(folder)
@@ -110,11 +108,13 @@ def export_checkpoint(path: Path, out: Path) -> Path:
 
 
 def _find(path: Path) -> TrainingCheckpoint:
-    for folder, name in ((path / "checkpoints", "*"), (path, "*"), (path.parent, path.name)):
-        checkpoints = TrainingCheckpoints(folder)
-        found = checkpoints.latest() if name == "*" else checkpoints.find(name)
-        if found is not None:
-            return found
+    found = (
+        TrainingCheckpoints(path / "checkpoints").latest()
+        or TrainingCheckpoints(path).latest()
+        or TrainingCheckpoints(path.parent).find(path.name)
+    )
+    if found is not None:
+        return found
     raise CheckpointError(f"{path} holds no training checkpoint: give a step-... folder, or the folder of a run")
 
 
@@ -129,7 +129,7 @@ def _stored(checkpoint: TrainingCheckpoint, like: Mapping[str, Tensor]) -> Itera
             group = {}
 
 
-def _untied(model: Any) -> Iterator[tuple[str, Tensor]]:
+def untied(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters under one name each: a tied head is not written."""
     # state_dict, not parameters: FSDP gives the shards there, whatever was gathered last
     seen: set[int] = set()
@@ -137,17 +137,3 @@ def _untied(model: Any) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
-
-
-@contextmanager
-def _own_folder(folder: Path, together: Together) -> Iterator[Path]:
-    """``folder`` for the leading rank; one to be thrown away for the others, who take part in gathering only."""
-    if together.leads:
-        yield folder
-    else:
-        with tempfile.TemporaryDirectory() as aside:
-            yield Path(aside)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor

@@ -28,7 +28,7 @@ from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
 from nemo_automodel.recipes.building import build_model, pick_device
 from nemo_automodel.recipes.checks import blame, check_lengths, check_packing, check_same_run, identity
-from nemo_automodel.recipes.export import export_trained, save_description
+from nemo_automodel.recipes.export import export_trained, save_description, untied
 from nemo_automodel.recipes.interrupts import stop_requests
 from nemo_automodel.recipes.progress import Progress
 
@@ -275,13 +275,8 @@ class Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What is trained, and the optimizer's state: to be saved, or filled in place."""
-        weights: dict[str, torch.Tensor] = dict(self.optimizer.parameters)
-        if self.config.lora is None:  # buffers too, and what is frozen: the whole model comes back from here
-            seen = {id(parameter) for parameter in weights.values()}
-            for name, tensor in self.model.state_dict(keep_vars=True).items():
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    weights[name] = tensor
+        # without LoRA buffers too, and what is frozen: the whole model comes back from here
+        weights = dict(self.optimizer.parameters if self.config.lora is not None else untied(self.model))
         return {f"model.{name}": tensor for name, tensor in weights.items()} | self.optimizer.state_tensors()
 
     def _open_folder(self) -> None:

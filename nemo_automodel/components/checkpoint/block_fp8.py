@@ -61,7 +61,7 @@ def open_checkpoint(
     return BlockFP8Reader(reader, (size[0], size[1]), dtype=dtype, modules_to_not_convert=kept)
 
 
-class BlockFP8Reader:
+class BlockFP8Reader(TensorReader):
     """What a `SafetensorsReader` reads, with FP8 matrices multiplied by the scales of their blocks.
 
     A matrix ``[rows, columns]`` called ``K`` has one scale for each block of ``block_size``, in ``K_scale_inv``
@@ -127,16 +127,6 @@ class BlockFP8Reader:
             CheckpointError: a dtype this library does not read.
         """
         return self._dtype if key in self._quantized else self._reader.dtype(key)
-
-    def read(self, key: str) -> Tensor:
-        """The tensor ``key`` on the CPU, in memory of its own.
-
-        Raises:
-            CheckpointError: the file cannot be read any more.
-        """
-        value = torch.empty(self.shape(key), dtype=self.dtype(key))
-        self.read_into(value, key)
-        return value
 
     def read_into(self, target: Tensor, key: str, start: int = 0) -> None:
         """Fill ``target`` with ``target.numel()`` elements of the tensor ``key``, in row-major order from ``start`` on.

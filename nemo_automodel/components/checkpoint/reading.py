@@ -76,8 +76,14 @@ class TensorReader(Protocol):
         ...
 
     def read(self, key: str) -> Tensor:
-        """The tensor ``key`` on the CPU, in memory of its own."""
-        ...
+        """The tensor ``key`` on the CPU, in memory of its own.
+
+        Raises:
+            CheckpointError: the file cannot be read any more.
+        """
+        value = torch.empty(self.shape(key), dtype=self.dtype(key))
+        self.read_into(value, key)
+        return value
 
     def read_into(self, target: Tensor, key: str, start: int = 0) -> None:
         """Fill ``target`` with ``target.numel()`` elements of ``key``, in row-major order from ``start`` on."""
@@ -94,7 +100,7 @@ class _Stored:
     offset: int
 
 
-class SafetensorsReader:
+class SafetensorsReader(TensorReader):
     """Names, shapes, dtypes and values of the tensors in a checkpoint folder or a single ``.safetensors`` file.
 
     Files are read (not mapped), so the process holds what it asked for and nothing else. They stay open, so that a
@@ -156,16 +162,6 @@ class SafetensorsReader:
         if stored.dtype not in _DTYPES:
             raise CheckpointError(f"{stored.file}: tensor {key!r} has dtype {stored.dtype}, which is not read here")
         return _DTYPES[stored.dtype]
-
-    def read(self, key: str) -> Tensor:
-        """The tensor ``key`` on the CPU, in memory of its own.
-
-        Raises:
-            CheckpointError: the file cannot be read any more.
-        """
-        value = torch.empty(self.shape(key), dtype=self.dtype(key))
-        self.read_into(value, key)
-        return value
 
     def read_into(self, target: Tensor, key: str, start: int = 0) -> None:
         """Fill ``target`` with ``target.numel()`` elements of the tensor ``key``, in row-major order from ``start`` on.

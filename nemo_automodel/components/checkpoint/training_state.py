@@ -158,8 +158,8 @@ class TrainingCheckpoints:
         for folder in reversed(self._folders()):
             try:
                 found = _read(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                problems.append(f"{folder} is damaged ({error})")
+            except CheckpointError as error:
+                problems.append(str(error))
                 continue
             for problem in problems:
                 logger.warning("%s: going back to %s", problem, folder)
@@ -174,12 +174,7 @@ class TrainingCheckpoints:
         Raises:
             CheckpointError: it is damaged.
         """
-        if not (self.folder / name / _STATE).is_file():
-            return None
-        try:
-            return _read(self.folder / name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.folder / name} is damaged ({error})") from error
+        return _read(self.folder / name) if (self.folder / name / _STATE).is_file() else None
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
@@ -216,13 +211,16 @@ def _files(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
 
 
 def _read(folder: Path) -> TrainingCheckpoint:
-    content = json.loads((folder / _STATE).read_text())
-    for name, size in content["files"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if (folder / name).stat().st_size != size:
-            raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, not {size}")
-    return TrainingCheckpoint(folder, content["step"], content["state"])
+    try:
+        content = json.loads((folder / _STATE).read_text())
+        for name, size in content["files"].items():
+            if not (folder / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, not {size}")
+        return TrainingCheckpoint(folder, content["step"], content["state"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error})") from error
 
 
 def _metric(folder: Path) -> float:

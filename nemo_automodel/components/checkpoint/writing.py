@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.checkpoint.reading import INDEX, SINGLE
+from nemo_automodel.components.placement import whole
 from nemo_automodel.components.together import Together
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -63,9 +63,9 @@ def write_shards(
                 shards.append([])
                 pending_size = 0
             shards[-1].append(name)
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            value = whole(tensor)
             if (len(shards) - 1) % together.size == together.rank:
-                mine[name] = whole.detach().to("cpu").contiguous()
+                mine[name] = value.to("cpu").contiguous()
             pending_size += size
             total += size
         flush()

@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from nemo_automodel.components.placement import whole
 
 
 @dataclass(kw_only=True)
@@ -97,9 +98,7 @@ class MasterAdamW:
             FloatingPointError: the norm is not finite; nothing was updated.
         """
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(value := norm.item()):
             raise FloatingPointError(f"the gradients' norm is {value}")
         if self.config.max_grad_norm is not None:

@@ -16,7 +16,7 @@ from nemo_automodel.components.peft.files import CONFIG, PREFIX, WEIGHTS, Replac
 from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.peft.model import leaf, part_paths, refuse_adapters, untie
 from nemo_automodel.components.peft.peft_config import PeftConfig
-from nemo_automodel.components.peft.placement import fill, whole
+from nemo_automodel.components.placement import fill, whole
 
 # peft writes the magnitude without ".weight" and reads it with as well
 _KEY = re.compile(r"^(?P<path>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?P<weight>\.weight)?$")

@@ -15,7 +15,7 @@ from nemo_automodel.components.layout import Layout
 from nemo_automodel.components.peft.config import LoRAConfig, Update
 from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.peft.model import leaf, lora_layers, part_paths
-from nemo_automodel.components.peft.placement import fill, whole
+from nemo_automodel.components.placement import fill, whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

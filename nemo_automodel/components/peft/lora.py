@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nemo_automodel.components.layout import Fusion
 from nemo_automodel.components.peft.config import Update
-from nemo_automodel.components.peft.placement import whole
+from nemo_automodel.components.placement import whole
 
 
 class LoRALinear(nn.Linear):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from nemo_automodel.components.layout import Layout
 from nemo_automodel.components.peft.config import ALL_LINEAR, LoRAConfig, by_pattern
 from nemo_automodel.components.peft.lora import LoRALinear
-from nemo_automodel.components.peft.placement import fill, whole
+from nemo_automodel.components.placement import fill, whole
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig, layout: Layout) -> list[str]:

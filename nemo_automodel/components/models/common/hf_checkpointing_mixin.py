@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from nemo_automodel.components.checkpoint import (
     CheckpointError,
@@ -31,9 +31,12 @@ from nemo_automodel.components.models.common.pretrained import (
     fetch,
     overridden,
     pop_hub_options,
+    read_generation_config,
     resolve_dtype,
+    write_configs,
 )
 from nemo_automodel.components.peft import save_adapter as write_adapter
+from nemo_automodel.components.placement import whole
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -121,8 +124,7 @@ class HFCheckpointingMixin(_Base):
             prepare(model)
         model._fill(reader, dtype, device)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
-        if model.can_generate() and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        read_generation_config(model, folder)
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
@@ -193,7 +195,7 @@ class HFCheckpointingMixin(_Base):
         Tensors are taken one at a time, and DTensors gathered; all ranks of ``together`` call this. See `write_shards`.
         """
         together = together or Together(alone=True)
-        together.run(lambda: self._write_configs(folder), everywhere=False)
+        together.run(lambda: write_configs(self, folder), everywhere=False)
         write_shards(folder, self._hf_tensors(tensors), max_shard_size, together)
 
     def save_adapter(self, save_directory: str | os.PathLike[str]) -> None:
@@ -217,13 +219,6 @@ class HFCheckpointingMixin(_Base):
             together=together,
         )
 
-    def _write_configs(self, folder: Path) -> None:
-        self.config.dtype = self.dtype
-        self.config.architectures = [type(self).__name__.removeprefix("FSDP")]
-        self.config.save_pretrained(folder)
-        if self.can_generate():
-            self.generation_config.save_pretrained(folder)
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load own names, or Hugging Face's: the rows of ``q_proj`` and the like go to their place in the fused one.
 
@@ -235,10 +230,10 @@ class HFCheckpointingMixin(_Base):
         if not any(layout.locate(key).fusion for key in state_dict if key not in current):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         if strict:
-            whole = self.state_dict_adapter.from_hf(state_dict)
+            fused = self.state_dict_adapter.from_hf(state_dict)
             if HEAD not in state_dict and HEAD not in current:  # a classifier has no head to tie
-                whole.pop(HEAD, None)
-            return super().load_state_dict(whole, strict=True, assign=assign)
+                fused.pop(HEAD, None)
+            return super().load_state_dict(fused, strict=True, assign=assign)
         own: dict[str, Tensor] = {}
         absent: list[str] = []
         for key, value in state_dict.items():
@@ -328,11 +323,11 @@ class HFCheckpointingMixin(_Base):
 
     def _hf_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         # gathered here, once: the parts of a sharded fused tensor would be sharded and gathered again
-        whole = ((own, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor) for own, tensor in tensors)
+        gathered = ((own, whole(tensor)) for own, tensor in tensors)
         if _overrides(self.state_dict_adapter, "to_hf"):
-            yield from self.state_dict_adapter.to_hf(dict(whole)).items()
+            yield from self.state_dict_adapter.to_hf(dict(gathered)).items()
             return
-        for own, tensor in whole:
+        for own, tensor in gathered:
             yield from self.state_dict_adapter.to_hf({own: tensor}).items()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from nemo_automodel.components.checkpoint import CheckpointError, SafetensorsReader, TensorReader
 
@@ -98,3 +98,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Give ``model`` the generation config of ``folder``, where there is one and the model can use it."""
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def write_configs(model: PreTrainedModel, folder: Path) -> None:
+    """Write config and generation config into ``folder``."""
+    model.config.dtype = model.dtype
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Tensors that may be sharded: the whole of one, and whole values into one."""
+"""Tensors that may be sharded: the whole of one, and whole values into one. A leaf."""
 
 import torch
 from torch import Tensor
