@@ -1,6 +1,7 @@
 """Weights in and out of meshes, bitwise, against the single process and against transformers."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint import SafetensorsReader, writing
+from nemo_automodel.components.layout import Fusion
 from nemo_automodel.components.together import AnotherRankFailed
 from tests.conftest import randomize, tiny
 from tests.distributed.meshes import sharding
@@ -94,10 +96,14 @@ def test_a_mesh_saves_what_transformers_wrote(tmp_path: Path, mesh: str, tied: b
     assert not list(target.glob("shard-*"))
 
 
-def _save_failing_on_rank_1(source: Path, target: Path) -> str:
+def _save_failing_on_rank_1(source: Path, target: Path, where: str) -> str:
     model = NeMoAutoModelForCausalLM.from_pretrained(source, prepare=sharding("fsdp=2"))
     if dist.get_rank() == 1:
-        writing.save_file = _no_space
+        if where == "on the way to the host":
+            writing.whole = lambda tensor: SimpleNamespace(to=_no_space)
+        else:
+            holder, name = (Fusion, "split") if where == "while splitting" else (writing, "save_file")
+            setattr(holder, name, _no_space)
     with pytest.raises((OSError, AnotherRankFailed)) as raised:
         model.save_pretrained(target, max_shard_size="20KB")
     return str(raised.value)
@@ -107,9 +113,10 @@ def _no_space(*args: Any) -> None:
     raise OSError("no space left on device")
 
 
-def test_a_rank_that_cannot_write_stops_all_and_nothing_is_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["while splitting", "on the way to the host", "while writing"])
+def test_a_rank_that_cannot_write_stops_all_and_nothing_is_published(tmp_path: Path, where: str) -> None:
     source = _checkpoint(tmp_path / "hf", "fsdp=2")
-    others, its_own = run_ranks(2, _save_failing_on_rank_1, source, tmp_path / "saved")
+    others, its_own = run_ranks(2, _save_failing_on_rank_1, source, tmp_path / "saved", where, timeout=30)
     assert its_own == "no space left on device"
     assert "another rank failed" in others
-    assert not (tmp_path / "saved").exists()
+    assert not list(tmp_path.glob("*saved*"))

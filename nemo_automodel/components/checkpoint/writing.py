@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -38,48 +40,61 @@ def write_shards(
 
     Raises:
         ValueError: a ``max_shard_size`` that is not a size.
+        AnotherRankFailed: another rank could not write; it gathered its share of every tensor all the same.
     """
     together = together or Together(alone=True)
-    limit = parse_size(max_shard_size)
-    shards: list[list[str]] = [[]]
-    mine: dict[str, Tensor] = {}
-    total = pending_size = 0
+    remaining = _numbered(tensors, parse_size(max_shard_size))
+    shards: list[list[str]] = []
+    total = 0
 
-    def flush() -> None:
-        nonlocal mine
-        if (len(shards) - 1) % together.size == together.rank:
-            wait(written)
-            written.append(pool.submit(save_file, mine, folder / f"shard-{len(shards) - 1}", {"format": "pt"}))
-            mine = {}
-            if together.size == 1:
-                written[-1].result()
-
-    written: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as pool:
-        for name, tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            if shards[-1] and pending_size + size > limit:
-                flush()
+    def write_mine() -> None:
+        nonlocal total
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            for number, members in groupby(remaining, key=itemgetter(0)):
                 shards.append([])
-                pending_size = 0
-            shards[-1].append(name)
-            value = whole(tensor)
-            if (len(shards) - 1) % together.size == together.rank:
-                mine[name] = value.to("cpu").contiguous()
-            pending_size += size
-            total += size
-        flush()
-    # a rank that could not write has gathered on, so that the others do not wait for it for ever
-    together.run(lambda: _raise_first(written))
+                mine: dict[str, Tensor] = {}
+                for _, name, tensor in members:
+                    shards[-1].append(name)
+                    total += tensor.numel() * tensor.element_size()
+                    value = whole(tensor)
+                    if number % together.size == together.rank:
+                        mine[name] = value.to("cpu").contiguous()
+                if mine:
+                    if written:
+                        written.result()
+                    written = pool.submit(save_file, mine, folder / f"shard-{number}", {"format": "pt"})
+                    if together.size == 1:
+                        written.result()
+            if written:
+                written.result()
+
+    def write_mine_and_gather_all() -> None:
+        try:
+            write_mine()
+        finally:  # a rank that could not write gathers on, so that the others do not wait for it for ever
+            for _, _, tensor in remaining if together.size > 1 else ():
+                whole(tensor)
+
+    together.run(write_mine_and_gather_all)
     together.run(lambda: _name_shards(folder, shards, total), everywhere=False)
 
 
-def _raise_first(written: list[Future[None]]) -> None:
-    for shard in written:
-        shard.result()
+def _numbered(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[tuple[int, str, Tensor]]:
+    """The number of each tensor's shard, its name and itself."""
+    number = size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if size and size + nbytes > limit:
+            number, size = number + 1, 0
+        size += nbytes
+        yield number, name, tensor
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    if not shards:
+        save_file({}, folder / SINGLE, {"format": "pt"})
+        return
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / SINGLE)
         return

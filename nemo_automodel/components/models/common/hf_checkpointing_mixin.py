@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -324,11 +325,15 @@ class HFCheckpointingMixin(_Base):
     def _hf_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         # gathered here, once: the parts of a sharded fused tensor would be sharded and gathered again
         gathered = ((own, whole(tensor)) for own, tensor in tensors)
-        if _overrides(self.state_dict_adapter, "to_hf"):
-            yield from self.state_dict_adapter.to_hf(dict(gathered)).items()
-            return
-        for own, tensor in gathered:
-            yield from self.state_dict_adapter.to_hf({own: tensor}).items()
+        try:
+            if _overrides(self.state_dict_adapter, "to_hf"):
+                yield from self.state_dict_adapter.to_hf(dict(gathered)).items()
+                return
+            for own, tensor in gathered:
+                yield from self.state_dict_adapter.to_hf({own: tensor}).items()
+        except Exception:
+            deque(gathered, maxlen=0)  # with the other ranks, which would wait for this one for ever
+            raise
 
 
 def _overrides(adapter: Any, method: str) -> bool:
