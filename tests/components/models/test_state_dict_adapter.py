@@ -7,8 +7,6 @@ import peft
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -16,6 +14,7 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from nemo_automodel._transformers import registry
 from nemo_automodel.components.models.common import CombinedProjectionStateDictAdapter
 from tests.conftest import assert_near, randomize, tiny, tokens, twins
+from tests.distributed.ranks import run_ranks
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFIX = "model.layers.0.self_attn."
@@ -180,42 +179,33 @@ def test_different_lora_a_per_part_is_refused():
         adapter_of(tiny()).from_hf({key: torch.randn(2, 32) for key in keys})
 
 
-def check_sharded(rank: int, ranks: int, folder: str) -> None:
+def check_sharded() -> None:
     """Three rows each of q, k, v over two ranks: neither they nor the fused nine divide, and a cut splits a group."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    try:
-        mesh = init_device_mesh("cpu", (ranks,))
-        adapter = adapter_of(tiny(num_attention_heads=3, num_key_value_heads=3, hidden_size=12, head_dim=1))
-        for shape in ((3,), (3, 5)):
-            parts = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-            sharded = [distribute_tensor(part, mesh, [Shard(0)]) for part in parts]
-            whole, original = adapter._gather_1d_bias(sharded[0])
-            assert not isinstance(whole, DTensor)
-            assert torch.equal(whole, parts[0])
-            assert torch.equal(adapter._restore_1d_bias(whole, original).to_local(), original.to_local())
+    mesh = init_device_mesh("cpu", (2,))
+    adapter = adapter_of(tiny(num_attention_heads=3, num_key_value_heads=3, hidden_size=12, head_dim=1))
+    for shape in ((3,), (3, 5)):
+        parts = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        sharded = [distribute_tensor(part, mesh, [Shard(0)]) for part in parts]
+        whole, original = adapter._gather_1d_bias(sharded[0])
+        assert not isinstance(whole, DTensor)
+        assert torch.equal(whole, parts[0])
+        assert torch.equal(adapter._restore_1d_bias(whole, original).to_local(), original.to_local())
 
-            state = dict(zip(("a.q_proj.x", "a.k_proj.x", "a.v_proj.x"), sharded, strict=True))
-            fused = adapter.from_hf(state)["a.qkv_proj.x"]
-            assert isinstance(fused, DTensor)
-            assert fused.placements == (Shard(0),)
-            assert torch.equal(fused.full_tensor(), adapter._interleave_qkv(*parts))
-            for key, part in adapter.to_hf({"a.qkv_proj.x": fused}).items():
-                assert part.placements == (Shard(0),)
-                assert torch.equal(part.to_local(), state[key].to_local())
-        plain = torch.ones(3)
-        assert adapter._gather_1d_bias(plain)[0] is plain
-        assert adapter._restore_1d_bias(plain, torch.zeros(3)) is plain
-    finally:
-        dist.destroy_process_group()
+        state = dict(zip(("a.q_proj.x", "a.k_proj.x", "a.v_proj.x"), sharded, strict=True))
+        fused = adapter.from_hf(state)["a.qkv_proj.x"]
+        assert isinstance(fused, DTensor)
+        assert fused.placements == (Shard(0),)
+        assert torch.equal(fused.full_tensor(), adapter._interleave_qkv(*parts))
+        for key, part in adapter.to_hf({"a.qkv_proj.x": fused}).items():
+            assert part.placements == (Shard(0),)
+            assert torch.equal(part.to_local(), state[key].to_local())
+    plain = torch.ones(3)
+    assert adapter._gather_1d_bias(plain)[0] is plain
+    assert adapter._restore_1d_bias(plain, torch.zeros(3)) is plain
 
 
-def test_dtensor_biases_on_one_rank(tmp_path):
-    check_sharded(0, 1, str(tmp_path))
-
-
-@pytest.mark.slow  # two processes import transformers: ten seconds and more
-def test_dtensor_biases_that_do_not_divide_evenly(tmp_path):
-    mp.spawn(check_sharded, args=(2, str(tmp_path)), nprocs=2)
+def test_dtensor_biases_that_do_not_divide_evenly():
+    run_ranks(2, check_sharded)
 
 
 def test_layers_load_huggingface_names_in_pieces():
