@@ -75,7 +75,8 @@ class PeftAdapter:
     def prepare(self, model: nn.Module, layout: Layout | None = None) -> None:
         """Freeze ``model`` and put empty adapters where this one's tensors go; nothing changes when it does not fit.
 
-        Adapters get the wider dtype of the file's and the layer's, in which peft computes as well.
+        Adapters get the wider dtype of the file's and the layer's, in which peft computes as well. A tied head or
+        embedding that comes with the adapter is untied.
 
         Args:
             model: with weights or on the meta device, not sharded yet.
@@ -100,6 +101,8 @@ class PeftAdapter:
         for path in adapted:
             by_layer[homes[path]].append(path)
         model.requires_grad_(False)
+        for name in self._replaced.values():
+            untie(model, self._layout.locate(name).own)
         for name, paths in by_layer.items():
             dtype = linears[name].weight.dtype
             for path in paths:
@@ -120,12 +123,12 @@ class PeftAdapter:
     def load(self, model: nn.Module) -> None:
         """Fill the adapters of a model that `prepare` prepared, and overwrite what comes with them.
 
-        Biases and ``modules_to_save`` take the place of the model's own; a tied head or embedding among them is untied
-        first. Parameters may be sharded: every rank calls this then.
+        Biases and ``modules_to_save`` take the place of the model's own. Parameters may be sharded: every rank calls
+        this then.
 
         Raises:
-            ValueError: weights on the meta device, a tied one that is sharded, or a copy of a base weight in the file
-                (peft adds those of an adapted head) that is not the model's own.
+            ValueError: weights on the meta device, or a copy of a base weight in the file (peft adds those of an
+                adapted head) that is not the model's own.
         """
         for key in self._copies:
             own = whole(model.get_parameter(key.replace(_BASE_WEIGHT, ".weight")))
@@ -139,7 +142,6 @@ class PeftAdapter:
             fill(parameter, values[key.removesuffix(".weight")])
         for key, name in self._replaced.items():
             place = self._layout.locate(name)
-            untie(model, place.own)
             parameter = model.get_parameter(place.own)
             value = self.tensors[key]
             if place.fusion:

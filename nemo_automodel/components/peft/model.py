@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.layout import Layout
 from nemo_automodel.components.peft.config import ALL_LINEAR, LoRAConfig, by_pattern
@@ -93,10 +92,8 @@ def init_adapters(model: nn.Module) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Fold every adapter into its weight (added in fp32, rounded once) and put plain linear layers back.
 
-    A weight that another module shares (a tied head that was adapted) is replaced, not changed: see `untie`.
-
-    Raises:
-        ValueError: such a shared weight in a sharded model.
+    A weight that another module shares (a tied head that was adapted) is replaced, not changed: see `untie`. A model
+    under ``fully_shard`` can be saved after this, and no longer run: FSDP does not know the new layers.
     """
     for name, module in list(lora_layers(model)):
         untie(model, f"{name}.weight")
@@ -108,21 +105,12 @@ def merge_lora(model: nn.Module) -> None:
 
 @torch.no_grad()
 def untie(model: nn.Module, name: str) -> None:
-    """Give ``name`` a parameter of its own where it is tied to another one, and say so in the model's config.
-
-    Raises:
-        ValueError: a tied parameter that is sharded.
-    """
+    """Give ``name`` a parameter of its own where it is tied to another one, and say so in the model's config."""
     parameter = model.get_parameter(name)
     named = model.named_parameters(remove_duplicate=False)
     others = [other for other, value in named if value is parameter and other != name]
     if not others:
         return
-    if isinstance(parameter, DTensor):
-        raise ValueError(
-            f"{name} is tied to {others[0]} and sharded, so it cannot be changed alone; load the adapter or merge it "
-            "on one process, without sharding"
-        )
     path, _, attribute = name.rpartition(".")
     own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     setattr(model.get_submodule(path), attribute, own)

@@ -37,7 +37,7 @@ from nemo_automodel.components.models.common.pretrained import (
     write_configs,
 )
 from nemo_automodel.components.peft import save_adapter as write_adapter
-from nemo_automodel.components.placement import whole
+from nemo_automodel.components.placement import fill, whole
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -121,9 +121,10 @@ class HFCheckpointingMixin(_Base):
             reader = open_checkpoint(folder, quantization, dtype=dtype, check_finite=check_finite)
         with default_dtype(dtype), torch.device("meta"):
             model = cls.from_config(config, backend=backend)
+        tied = dict(model.all_tied_weights_keys)
         if prepare is not None:
             prepare(model)
-        model._fill(reader, dtype, device)
+        model._fill(reader, dtype, device, tied)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         read_generation_config(model, folder)
         return model.eval()
@@ -257,9 +258,12 @@ class HFCheckpointingMixin(_Base):
             return torch.full(current.shape, float("nan"), dtype=current.dtype, device=like.device)
         return current.clone()
 
-    def _fill(self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str) -> None:
+    def _fill(
+        self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str, tied: Mapping[str, str]
+    ) -> None:
+        """Weights, buffers, and what is in no checkpoint; ``tied``: target -> source before ``prepare``."""
         if _overrides(self.state_dict_adapter, "from_hf"):
-            missing = self._fill_through_from_hf(reader, dtype, device)
+            missing = self._fill_through_from_hf(reader, dtype, device, tied)
         else:
             missing = load_parameters(
                 self,
@@ -267,15 +271,20 @@ class HFCheckpointingMixin(_Base):
                 self.state_dict_adapter.layout,
                 dtype=dtype,
                 device=device,
-                tied=self.all_tied_weights_keys,
+                tied=tied,
                 may_miss=(*(self._keys_to_ignore_on_load_missing or ()), _ADAPTERS),
                 may_ignore=self._may_ignore(),
             )
         self.tie_weights(missing_keys=missing, recompute_mapping=False)
+        untied = dict(tied.items() - self.all_tied_weights_keys.items())  # by `prepare`: both start with one value
+        untied |= {source: target for target, source in untied.items()}
         for name, tensor in self.state_dict(keep_vars=True).items():
-            if tensor.is_meta:
-                assign(self, name, with_local(tensor, empty_local(tensor, tensor.dtype, device).fill_(float("nan"))))
-            if tensor.is_meta and not matches(name, [_ADAPTERS]):
+            if not tensor.is_meta:
+                continue
+            assign(self, name, with_local(tensor, empty_local(tensor, tensor.dtype, device).fill_(float("nan"))))
+            if name in untied:
+                fill(self.get_parameter(name), whole(self.get_parameter(untied[name])))
+            elif not matches(name, [_ADAPTERS]):
                 self._init_weights(self.get_submodule(name.rpartition(".")[0]))
                 logger.warning("%s is not in %s: initialized at random, to be trained", name, reader.path)
         self._rebuild_buffers(device)
@@ -283,7 +292,9 @@ class HFCheckpointingMixin(_Base):
     def _may_ignore(self) -> tuple[str, ...]:
         return (*(self._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)
 
-    def _fill_through_from_hf(self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str) -> set[str]:
+    def _fill_through_from_hf(
+        self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str, tied: Mapping[str, str]
+    ) -> set[str]:
         """For adapters that override ``from_hf``: the whole state dict passes through it at once."""
         own = self.state_dict(keep_vars=True)
         try:
@@ -298,7 +309,7 @@ class HFCheckpointingMixin(_Base):
             if key in own and value.shape != own[key].shape
         ]
         missing = {key for key in own if key not in state}
-        excused = {target for target, source in self.all_tied_weights_keys.items() if source in state}
+        excused = {target for target, source in tied.items() if source in state}
         excused |= {key for key in missing if matches(key, self._keys_to_ignore_on_load_missing or ())}
         problems += [f"{key}: missing" for key in sorted(missing - excused)]
         refuse(reader, problems)
