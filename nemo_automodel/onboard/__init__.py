@@ -1,0 +1,1 @@
+"""Start the implementation of a new architecture from its config: ``automodel new``."""

@@ -1,0 +1,265 @@
+"""The whole model: one training step in three precisions, generation, masks, long inputs, backends."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_automodel.verify.check import Check
+from nemo_automodel.verify.exact import Exact
+from nemo_automodel.verify.outcome import (
+    Difference,
+    NotApplicable,
+    Outcome,
+    bitwise,
+    formula,
+    judge,
+    rounding,
+)
+from nemo_automodel.verify.shrink import LENGTH
+from nemo_automodel.verify.subject import Subject, step
+
+GENERATED = 16
+
+
+def training_step(subject: Subject) -> Outcome:
+    """Logits, loss and the gradient of every parameter in fp32, beside the float64 truth."""
+    return _step(subject, torch.float32)
+
+
+def gradients_in_float64(subject: Subject) -> Outcome:
+    """The backward pass as a formula: equal to ten digits."""
+    with Exact():
+        ours = step(subject.ours(torch.float64), subject.tokens()).tensors()
+    truth = subject.truth.tensors()
+    if ours.keys() != truth.keys():
+        return Outcome(False, f"gradients that are on one side only: {sorted(ours.keys() ^ truth.keys())[:4]}")
+    return judge([formula(name, ours[name], truth[name]) for name in truth], f"{len(truth)} tensors in float64")
+
+
+def _step(subject: Subject, dtype: torch.dtype) -> Outcome:
+    truth = subject.truth.tensors()
+    reference, ours = (
+        step(model, subject.tokens()).tensors() for model in (subject.reference(dtype), subject.ours(dtype))
+    )
+    if ours.keys() != truth.keys():
+        return Outcome(False, f"gradients that are on one side only: {sorted(ours.keys() ^ truth.keys())[:4]}")
+    differences = [rounding(name, ours[name], reference[name], truth[name]) for name in truth]
+    return judge(differences, f"logits, loss and {len(truth) - 2} gradients, beside the reference's own rounding")
+
+
+BF16_SAMPLES = 4
+BF16_MARGIN = 1.25
+"""How far from float64 the implementation's bf16 may be, in units of the reference's own distance.
+
+Root mean squares over four samples, thousands of elements: two right orders of rounding scatter by a few percent at
+these sizes (5 % at most over the families here); one rounding too many in a norm or in RoPE costs more than 30 %.
+"""
+
+
+def bf16_rounding(subject: Subject) -> Outcome:
+    """The error of bf16 against float64, beside the reference's own: casts in the wrong place show here only."""
+    reference, ours = subject.reference(torch.bfloat16), subject.ours(torch.bfloat16)
+    truth_model = subject.reference(torch.bfloat16).double()  # the weights as bf16 rounds them
+    squares = torch.zeros(2, 2, dtype=torch.float64)  # [logits or gradients, ours or the reference's]
+    for seed in range(BF16_SAMPLES):
+        ids = subject.tokens(batch=4, seed=seed + 1)
+        with Exact():
+            truth = step(truth_model, ids)
+        for column, low in enumerate((step(ours, ids), step(reference, ids))):
+            squares[0, column] += (low.logits.double() - truth.logits).square().sum().cpu()
+            for name, gradient in truth.gradients.items():
+                error = low.gradients[name].double() - gradient
+                squares[1, column] += (error.square().sum() / gradient.square().sum().clamp(min=1e-30)).cpu()
+    differences = [
+        Difference(f"bf16 error of the {name}", own, BF16_MARGIN * low)
+        for name, (own, low) in zip(("logits", "gradients"), squares.sqrt().tolist(), strict=True)
+    ]
+    worst = max(differences, key=lambda d: d.ratio)
+    detail = (
+        f"{worst.error / worst.bound * BF16_MARGIN:.2f} of the reference's own error (the {worst.name.split()[-1]})"
+    )
+    return judge(
+        differences, detail, hint="bf16 rounds more often than the reference: a cast is missing or in another order"
+    )
+
+
+def cached_decoding(subject: Subject) -> Outcome:
+    """Token by token through the KV cache gives what the whole sequence gives; and so in pieces."""
+    ids, model = subject.tokens(), subject.ours(torch.float64)
+    with Exact(), torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        differences = []
+        for name, cuts in {"token by token": [1] * LENGTH, "in pieces": [10, 1, LENGTH - 11]}.items():
+            cache, logits = None, []
+            for piece in ids.split(cuts, dim=1):
+                outputs = model(piece, past_key_values=cache, use_cache=True)
+                cache = outputs.past_key_values
+                logits.append(outputs.logits)
+            differences.append(formula(name, torch.cat(logits, dim=1), whole))
+    return judge(differences, "decoding with a cache, token by token and in pieces, against the whole sequence")
+
+
+def greedy_tokens(subject: Subject) -> Outcome:
+    """``generate`` gives the reference's tokens, from prompts of unequal length."""
+    ids = subject.tokens(length=9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    outputs = []
+    for model in (subject.reference(), subject.ours()):
+        if not hasattr(model, "generate"):
+            raise NotApplicable("the class has no generate(): inherit transformers' GenerationMixin for it")
+        model.generation_config.pad_token_id = 0
+        tokens = model.generate(
+            ids, attention_mask=mask, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False
+        )
+        outputs.append(tokens[:, ids.shape[1] :])
+    agree = (outputs[0] == outputs[1]).float().mean().item()
+    if agree < 1:
+        first = int((outputs[0] != outputs[1]).any(0).nonzero()[0])
+        return Outcome(False, f"generated tokens part at number {first + 1} of {GENERATED}")
+    return Outcome(True, f"{outputs[0].numel()} greedy tokens equal the reference's")
+
+
+def padding(subject: Subject) -> Outcome:
+    """Left and right padding: real positions give what the reference gives, and what the row gives alone."""
+    ids, differences = subject.tokens(), []
+    reference, ours = subject.reference(torch.float64), subject.ours(torch.float64)
+    with Exact(), torch.no_grad():
+        for side in ("left", "right"):
+            mask = torch.ones_like(ids)
+            mask[0, slice(7) if side == "left" else slice(LENGTH - 7, None)] = 0
+            logits = [model(ids, attention_mask=mask, use_cache=False).logits for model in (reference, ours)]
+            real = mask.bool()
+            differences.append(formula(f"padded on the {side}", logits[1][real], logits[0][real]))
+            if side == "right":
+                alone = ours(ids[:1, : LENGTH - 7], use_cache=False).logits
+                differences.append(formula("beside the row alone", logits[1][:1, : LENGTH - 7], alone))
+    return judge(
+        differences, "padded rows, left and right, equal the reference's", hint="the attention mask is not honoured"
+    )
+
+
+def packed_documents(subject: Subject) -> Outcome:
+    """Two documents in a row: each gives what it gives alone, and changing the first does not move the second."""
+    ids, cut = subject.tokens(), 10
+    at = torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)]).to(subject.device).expand(2, -1)
+    changed = ids.clone()
+    changed[:, :cut] = (changed[:, :cut] + 1) % subject.config.vocab_size
+    differences = []
+    with Exact(), torch.no_grad():
+        for attn in ("eager", "sdpa"):
+            try:
+                model = subject.ours(torch.float64, attn)
+            except ValueError as error:
+                if attn == "eager":
+                    raise
+                raise NotApplicable(f"{attn}: {error}") from error
+            logits = model(ids, position_ids=at, use_cache=False).logits
+            moved = model(changed, position_ids=at, use_cache=False).logits
+            if torch.equal(moved[:, :cut], logits[:, :cut]):
+                return Outcome(False, "changing the first document changes nothing at all")
+            differences.append(bitwise(f"{attn}: second document, first one changed", moved[:, cut:], logits[:, cut:]))
+            for name, part in {"first": slice(cut), "second": slice(cut, None)}.items():
+                alone = model(ids[:, part], use_cache=False).logits
+                differences.append(formula(f"{attn}: {name} document", logits[:, part], alone))
+    return judge(differences, "documents packed in a row do not see each other", hint="packed documents see each other")
+
+
+def long_inputs(subject: Subject) -> Outcome:
+    """Beyond the original context length, where scaled RoPE changes, and back again."""
+    reference, ours = subject.reference(torch.float64), subject.ours(torch.float64)
+    differences = []
+    with Exact(), torch.no_grad():
+        for length in (LENGTH, 3 * LENGTH, LENGTH // 2):
+            ids = subject.tokens(1, length, seed=length)
+            logits = [model(ids, use_cache=False).logits for model in (reference, ours)]
+            differences.append(formula(f"{length} tokens", logits[1], logits[0]))
+    return judge(differences, f"{3 * LENGTH} tokens, past the original context, then short ones again")
+
+
+def attention_backends(subject: Subject) -> Outcome:
+    """Every implementation of attention that runs here, padded and not, against the eager reference."""
+    ids, mask = subject.tokens(), torch.ones_like(subject.tokens())
+    mask[0, :7] = 0
+    reference = subject.reference()
+    differences, refused = [], []
+    with torch.no_grad():
+        expected = {name: reference(ids, attention_mask=m, use_cache=False).logits for name, m in _masks(mask)}
+        with Exact():
+            exact = subject.reference(torch.float64)
+            truth = {name: exact(ids, attention_mask=m, use_cache=False).logits for name, m in _masks(mask)}
+        for attn in ("sdpa", "flex_attention"):
+            try:
+                model = subject.ours(attn=attn)
+            except ValueError as error:
+                refused.append(f"{attn} ({error})")
+                continue
+            for name, given in _masks(mask):
+                with _without_compiler(attn):
+                    logits = model(ids, attention_mask=given, use_cache=False).logits
+                real = mask.bool() if given is not None else torch.ones_like(mask, dtype=torch.bool)
+                differences.append(rounding(f"{attn}, {name}", logits[real], expected[name][real], truth[name][real]))
+    if not differences:
+        raise NotApplicable(f"eager only: {'; '.join(refused)}")
+    return judge(differences, "sdpa and flex, padded and not" + (f"; refused: {', '.join(refused)}" if refused else ""))
+
+
+def _masks(mask: Tensor) -> list[tuple[str, Tensor | None]]:
+    return [("no padding", None), ("padded", mask)]
+
+
+def _without_compiler(attn: str) -> Any:
+    """Flex attention in plain operations: its compiler takes half a minute, and computes the same."""
+    return torch.compiler.set_stance("force_eager" if attn == "flex_attention" else "default")
+
+
+def gradient_checkpointing(subject: Subject) -> Outcome:
+    """Recomputing the layers in the backward pass changes no bit, and does happen."""
+    ids, plain = subject.tokens(), subject.ours()
+    expected = step(plain.train(), ids).tensors()
+    model = subject.ours().train()
+    model.gradient_checkpointing_enable()
+    calls: list[int] = []
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0"))
+    layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    actual = step(model, ids).tensors()
+    if len(calls) < 2:
+        return Outcome(False, "gradient_checkpointing_enable() changes nothing: a layer runs once")
+    return judge([bitwise(k, actual[k], expected[k]) for k in expected], "recomputed layers give the same bits")
+
+
+def compiled(subject: Subject) -> Outcome:
+    """``torch.compile`` on each layer gives the same step."""
+    ids, model = subject.tokens(), subject.ours(attn="sdpa" if _takes_sdpa(subject) else "eager")
+    torch._dynamo.reset()
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2].isdigit() and "layers" in name:
+            layer.compile()
+    reference, truth = step(subject.reference(), ids).tensors(), subject.truth.tensors()
+    actual = step(model, ids).tensors()
+    torch._dynamo.reset()
+    return judge([rounding(k, actual[k], reference[k], truth[k]) for k in truth], "each layer through torch.compile")
+
+
+def _takes_sdpa(subject: Subject) -> bool:
+    try:
+        subject.ours(attn="sdpa")
+    except ValueError:
+        return False
+    return True
+
+
+CHECKS = [
+    Check("end to end", "gradients in float64", gradients_in_float64),
+    Check("end to end", "training step in fp32", training_step),
+    Check("end to end", "rounding in bf16", bf16_rounding),
+    Check("end to end", "cached decoding", cached_decoding),
+    Check("end to end", "greedy tokens", greedy_tokens),
+    Check("end to end", "padding", padding),
+    Check("end to end", "packed documents", packed_documents),
+    Check("end to end", "long inputs", long_inputs),
+    Check("end to end", "attention backends", attention_backends),
+    Check("end to end", "gradient checkpointing", gradient_checkpointing),
+    Check("end to end", "torch.compile", compiled, True),
+]

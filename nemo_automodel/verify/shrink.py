@@ -1,0 +1,109 @@
+"""A tiny config with the features of a big one, so that every check takes seconds."""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+VOCABULARY = 97
+HEAD_DIM = 16
+MAX_LAYERS = 8
+LENGTH = 24
+"""Tokens of the sample that most checks run; shrunk windows are shorter, shrunk original context lengths longer."""
+
+_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def shrunk(config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:
+    """A copy of ``config`` with small sizes; and what was changed, ``"field: old -> new"``.
+
+    Kept are all flags, and the relations between sizes that select code: grouped heads, a head_dim that is not
+    hidden_size / heads, layer patterns (the first layers, until every kind has come up), windows (shorter than the
+    sample), scaled RoPE (its original length is longer than the sample), tied or untied embeddings.
+    """
+    before = config.to_dict()
+    sizes = _sizes(config)
+    tiny = copy.deepcopy(config)
+    old_layers = config.num_hidden_layers
+    for name, value in sizes.items():
+        setattr(tiny, name, value)
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == old_layers and name != "architectures":
+            setattr(tiny, name, type(value)(value[: tiny.num_hidden_layers]))
+    for name in _SPECIAL_TOKENS:
+        setattr(tiny, name, _small_token(getattr(config, name, None)))
+    if (rope := getattr(config, "rope_parameters", None)) is not None:
+        tiny.rope_parameters = _small_rope(copy.deepcopy(rope), tiny)
+    # what the class derives from its fields (and checks between them) is derived again
+    fields = {
+        name: value for name, value in tiny.to_dict().items() if name not in ("model_type", "transformers_version")
+    }
+    tiny = type(config)(**fields)
+    after = tiny.to_dict()
+    changed = [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after.get(name)]
+    return tiny, [text for text in changed if not text.startswith("transformers_version")]
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    # four groups of heads at most, so that meshes of two and four can be tried; groups of three show what two hide
+    kv = min(kv_heads, 2 if kv_heads < heads else 4)
+    group = min(heads // kv_heads, 3)
+    tiny_heads = kv * group
+    own = getattr(config, "head_dim", None)
+    apart = own is not None and own * heads != config.hidden_size
+    hidden = tiny_heads * HEAD_DIM + (HEAD_DIM // 2 if apart else 0)
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": _layers(config),
+        "num_attention_heads": tiny_heads,
+        "hidden_size": hidden,
+        "vocab_size": VOCABULARY,
+    }
+    if getattr(config, "num_key_value_heads", None) is not None:
+        sizes["num_key_value_heads"] = kv
+    if own is not None:
+        sizes["head_dim"] = HEAD_DIM
+    for name in ("intermediate_size", "shared_intermediate_size"):
+        if isinstance(getattr(config, name, None), int):
+            sizes[name] = 2 * hidden + 4
+    if getattr(config, "sliding_window", None):
+        sizes["sliding_window"] = min(config.sliding_window, 6)
+    if getattr(config, "max_window_layers", None) is not None:
+        sizes["max_window_layers"] = min(config.max_window_layers, sizes["num_hidden_layers"] - 1)
+    sizes["max_position_embeddings"] = min(config.max_position_embeddings, 2 * LENGTH)
+    return sizes
+
+
+def _layers(config: PreTrainedConfig) -> int:
+    """The first layers, until every kind of every per-layer list has come up; two at least."""
+    number = config.num_hidden_layers
+    needed = min(2, number)
+    for value in vars(config).values():
+        if isinstance(value, list | tuple) and len(value) == number:
+            for kind in {str(item) for item in value}:
+                needed = max(needed, [str(item) for item in value].index(kind) + 1)
+    return min(needed, MAX_LAYERS)
+
+
+def _small_token(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_small_token(item) for item in value]
+    return value % 3 if isinstance(value, int) and value >= VOCABULARY else value
+
+
+def _small_rope(rope: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    for nested in rope.values():
+        if isinstance(nested, dict):
+            _small_rope(nested, config)
+    if rope.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = LENGTH + 8
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turning = int(head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0) or 1.0))
+    for name in ("short_factor", "long_factor"):
+        if name in rope:  # evenly spread over the frequencies, so that both ends stay
+            factors = rope[name]
+            count = turning // 2
+            rope[name] = [factors[i * (len(factors) - 1) // max(1, count - 1)] for i in range(count)]
+    return rope

@@ -1,0 +1,176 @@
+"""What is to be verified: an implementation, its reference and a config, from whatever the user names."""
+
+import copy
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+from nemo_automodel._transformers import registry
+from nemo_automodel.verify.shrink import shrunk
+
+
+class TargetError(ValueError):
+    """The target is nothing that can be verified; the message says what would be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """An implementation and what it is measured against.
+
+    Attributes:
+        name: what the user called it.
+        model_class: the implementation.
+        reference_class: usually transformers' class of the same architecture.
+        config: the config as given.
+        tiny: a small config with the same features, which most checks run on.
+        checkpoint: folder of the real weights, None where there are none.
+        changed: what `tiny` changed, ``"field: old -> new"``.
+    """
+
+    name: str
+    model_class: Any
+    reference_class: Any
+    config: PreTrainedConfig
+    tiny: PreTrainedConfig
+    checkpoint: Path | None = None
+    changed: tuple[str, ...] = ()
+
+    def with_class(self, model_class: Any) -> "Target":
+        """The same target with another implementation."""
+        return replace(self, model_class=model_class)
+
+
+def find_target(target: str | Path, config: str | Path | None = None, reference: str | None = None) -> Target:
+    """What ``target`` names: a checkpoint folder, a ``config.json``, a registered architecture, or a ``model.py``.
+
+    Args:
+        target: a folder with ``config.json`` (and weights, which are then verified too), the path of a config file,
+            an architecture such as ``"LlamaForCausalLM"``, or a Python file with a ``ModelClass``.
+        config: the config file or folder for an architecture or a ``model.py``. Default for an architecture: that of
+            its config class, as it stands.
+        reference: ``"transformers.LlamaForCausalLM"``, ``"package.module.Class"`` or ``"Class"`` of transformers;
+            default: transformers' class of the config's architecture.
+
+    Raises:
+        TargetError: there is no such thing, no implementation of it, or no reference for it.
+    """
+    path = Path(target)
+    if path.suffix == ".py":
+        by_hand = _model_class_of(path)
+        if config is None:
+            raise TargetError(f"{path}: a model.py needs --config, a config.json or a folder with one")
+        return _assemble(str(target), by_hand, _read_config(Path(config)), reference)
+    if path.is_dir() or path.suffix == ".json":
+        if config is not None:
+            raise TargetError(f"{path} has its own config; --config goes with an architecture or a model.py")
+        found = _read_config(path)
+        checkpoint = path if path.is_dir() and any(path.glob("*.safetensors")) else None
+        return _assemble(str(target), _registered(found, path), found, reference, checkpoint)
+    architecture = str(target)
+    model_class: Any = registry.resolve(architecture)
+    if model_class is None:
+        raise TargetError(
+            f"{architecture} is no folder, no file and no registered architecture ({', '.join(_causal())})"
+        )
+    given = _read_config(Path(config)) if config is not None else _grouped(model_class.config_class())
+    return _assemble(architecture, model_class, given, reference)
+
+
+def _assemble(
+    name: str, model_class: Any, config: PreTrainedConfig, reference: str | None, checkpoint: Path | None = None
+) -> Target:
+    reference_class = _reference_class(reference, config, model_class)
+    if not model_class.__name__.endswith("ForCausalLM") and reference is None:
+        raise TargetError(f"{model_class.__name__}: only causal language models are verified")
+    config = copy.deepcopy(config)
+    tiny, changed = shrunk(config)
+    return Target(
+        name=name,
+        model_class=model_class,
+        reference_class=reference_class,
+        config=config,
+        tiny=tiny,
+        checkpoint=checkpoint,
+        changed=tuple(changed),
+    )
+
+
+def _grouped(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Config classes start from the first checkpoint of their family, whose heads often share nothing."""
+    if getattr(config, "num_key_value_heads", None) == config.num_attention_heads:
+        config.num_key_value_heads = max(1, config.num_attention_heads // 4)
+    return config
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise TargetError(f"{file} does not exist")
+    try:
+        return AutoConfig.from_pretrained(file)
+    except (ValueError, KeyError, OSError) as error:
+        raise TargetError(f"{file}: transformers cannot read it: {error}") from error
+
+
+def _registered(config: PreTrainedConfig, path: Path) -> Any:
+    named = [name for name in config.architectures or () if name.endswith("ForCausalLM")]
+    architecture = named[0] if named else _architecture_of(config)
+    if architecture is None or (model_class := registry.resolve(architecture)) is None:
+        raise TargetError(
+            f"{path}: {architecture or config.model_type!r} is not registered ({', '.join(_causal())}); "
+            "`automodel new` starts an implementation, `automodel verify model.py --config ...` verifies one by hand"
+        )
+    return model_class
+
+
+def _reference_class(reference: str | None, config: PreTrainedConfig, model_class: Any) -> Any:
+    if reference is not None:
+        module, _, name = reference.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module or "transformers"), name)
+        except (ImportError, AttributeError) as error:
+            raise TargetError(f"--reference {reference}: {error}") from error
+    candidates = (*(config.architectures or ()), model_class.__name__, _architecture_of(config))
+    for candidate in candidates:
+        name = candidate or ""
+        if name.endswith("ForCausalLM") and (found := getattr(transformers, name, None)) is not None:
+            return found
+    raise TargetError(
+        f"{model_class.__name__}: transformers has no class of that name, nor one for {config.model_type!r}; name "
+        "the reference, such as --reference transformers.LlamaForCausalLM"
+    )
+
+
+def _architecture_of(config: PreTrainedConfig) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+
+
+def _model_class_of(path: Path) -> Any:
+    if not path.is_file():
+        raise TargetError(f"{path} does not exist")
+    # a package's relative and absolute imports work when its folder can be found
+    name = f"verified_{path.parent.name}_{path.stem}".replace("-", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TargetError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "ModelClass"):
+        raise TargetError(f"{path} has no ModelClass: name the causal-LM class so at the end of the file")
+    return module.ModelClass
+
+
+def _causal() -> list[str]:
+    return [name for name in registry.architectures() if name.endswith("ForCausalLM")]

@@ -1,0 +1,76 @@
+"""What every module of a model takes and gives in one forward pass, under Hugging Face's module names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_automodel.components.peft import layout_of
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the forward pass: a module's input or output (``cos`` and ``sin`` of a RoPE module apart)."""
+
+    module: str
+    side: str  # "input", "output", "cos", "sin"
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.side})"
+
+
+Trace = dict[Point, Tensor]
+"""In the order of execution."""
+
+
+def trace(model: nn.Module, **inputs: Any) -> Trace:
+    """Run ``model`` without gradients; a fused projection's output is given as that of its parts."""
+    found: Trace = {}
+    with torch.no_grad(), _hooks(model, found):
+        outputs = model(**inputs)
+    found[Point("", "output")] = outputs.logits.detach()
+    return found
+
+
+@contextmanager
+def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
+    layout = layout_of(model) if hasattr(model, "state_dict_adapter") else None
+    handles = []
+    for name, module in model.named_modules():
+        if not name or isinstance(module, nn.ModuleList):
+            continue
+        fusion = layout.fusion_of(name) if layout is not None else None
+        names = [name] if fusion is None else [name[: -len(fusion.fused)] + part for part in fusion.parts]
+
+        def before(_: Any, args: Any, kwargs: Any, names: list[str] = names) -> None:
+            value = next((x for x in (*args, kwargs.get("hidden_states")) if isinstance(x, Tensor)), None)
+            if value is not None and value.is_floating_point():
+                found.update({Point(each, "input"): value.detach() for each in names})
+
+        def after(_: Any, args: Any, kwargs: Any, output: Any, names: list[str] = names, fusion: Any = fusion) -> None:
+            if names[0].endswith("rotary_emb"):
+                found.update(
+                    {Point(names[0], side): x.detach() for side, x in zip(("cos", "sin"), output, strict=True)}
+                )
+                return
+            value = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
+            if value is None:
+                return
+            parts = [value] if fusion is None else fusion.split(value, dim=-1)
+            found.update({Point(each, "output"): x.detach() for each, x in zip(names, parts, strict=True)})
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return (value for value in values if isinstance(value, Tensor))
