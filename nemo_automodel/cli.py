@@ -1,6 +1,7 @@
 """The ``automodel`` command. Heavy imports wait until a subcommand needs them, so that ``--help`` answers at once."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -26,7 +27,8 @@ _OUT_OF_MEMORY = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``automodel`` with ``arguments`` (default: the process's own); returns the exit status.
 
-    0: done. 2: the input cannot be used (one message on stderr says why). 130: interrupted.
+    0: done. 1: `verify` found a difference. 2: the input cannot be used (one message on stderr says why).
+    130: interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -113,6 +115,26 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", default="auto", help="of the merged weights: default the model's own")
     merge.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
     merge.set_defaults(run=_merge)
+
+    verify = commands.add_parser(
+        "verify",
+        help="prove that an implementation equals its reference, or name the place where it does not",
+        description="Compare an implementation with transformers' class of the same architecture: weights, modules, "
+        "training step, generation, masks, backends. Exit status 0: all passed, 1: a check failed, 2: bad input.",
+    )
+    verify.add_argument(
+        "target", metavar="TARGET", help="a checkpoint folder, a config.json, a registered architecture or a model.py"
+    )
+    verify.add_argument("--config", help="config.json, or a folder with one, for an architecture or a model.py")
+    verify.add_argument("--reference", metavar="CLASS", help="what to compare with, as transformers.LlamaForCausalLM")
+    verify.add_argument(
+        "--mesh", action="append", default=[], help="try ranks too, as fsdp=2, tp=2 or fsdp=2,tp=2; may be repeated"
+    )
+    verify.add_argument("--quick", action="store_true", help="leave the slow checks out")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    verify.add_argument("--html", type=Path, metavar="FILE", help="write a page with tables and plots")
+    verify.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -175,6 +197,33 @@ def _merge(options: argparse.Namespace) -> None:
 
     receipt = merge(options.model, options.adapter, options.out, dtype=options.dtype, device=options.device)
     print("\n".join(receipt.lines()))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from nemo_automodel.recipes.building import pick_device
+    from nemo_automodel.verify import find_target, verify
+    from nemo_automodel.verify.html import page
+    from nemo_automodel.verify.table import Table
+
+    device = str(pick_device(options.device))
+    target = find_target(options.target, options.config, options.reference)
+    for file in filter(None, (options.json, options.html)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with Table(target) as table:
+        report = verify(
+            target,
+            meshes=options.mesh,
+            quick=options.quick,
+            device=device,
+            on_start=table.start,
+            on_result=table.add,
+        )
+    table.close(report)
+    if options.json:
+        options.json.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
+    if options.html:
+        options.html.write_text(page(report), encoding="utf-8")
+    return 0 if report.passed else 1
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"train.device={name!r} is not usable here: {error}") from error
+        raise ValueError(f"device {name!r} is not usable here: {error}") from error
     return torch.device(name)
 
 

@@ -31,6 +31,14 @@ class Result:
         """``"pass"``, ``"FAIL"`` or, where the check does not apply, ``"n/a"``."""
         return {True: "pass", False: "FAIL", None: "n/a"}[self.outcome.passed]
 
+    @property
+    def measured(self) -> str:
+        """The worst difference and its bound; empty where a check compares no numbers."""
+        worst = self.outcome.worst
+        if worst is None:
+            return ""
+        return f"{worst.error:.1e} of {worst.bound:.1e}" if worst.bound else "0, exact" if worst.passed else "not exact"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
