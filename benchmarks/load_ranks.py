@@ -42,7 +42,7 @@ def main() -> None:
         print(f"{'':24}{'returned s':>12}{'updated s':>12}{'shard MB':>12}{'peak - shard MB':>18}")
         for library, mesh, ranks in CASES:
             try:
-                rows = [run(library, mesh, ranks, folder) for _ in range(args.runs)]
+                rows = [run([__file__, "--rank", library, mesh, folder], ranks) for _ in range(args.runs)]
             except subprocess.CalledProcessError as error:
                 print(
                     f"{library + ' ' + mesh + ' x' + str(ranks):24}  failed: exit status {error.returncode}", flush=True
@@ -54,15 +54,15 @@ def main() -> None:
             print(f"{max(row['over'] for row in rows) / 1e6:>18.0f}", flush=True)
 
 
-def run(library: str, mesh: str, ranks: int, folder: str) -> dict[str, float]:
-    """The slowest time and the largest memory over the ranks."""
+def run(command: list[str], ranks: int, threads: int = 1) -> dict[str, Any]:
+    """Call a script on so many ranks, each with so many threads: the largest of the figures they print as JSON."""
     with tempfile.TemporaryDirectory() as store:
         processes = []
         for rank in range(ranks):
             environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            environment |= {"STORE": f"file://{store}/store", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, "--rank", library, mesh, folder]
-            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+            environment |= {"STORE": f"file://{store}/store", "OMP_NUM_THREADS": str(threads)}
+            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True)
+            processes.append(process)
         outputs = [process.communicate()[0] for process in processes]
     for process in processes:
         if process.returncode:
@@ -72,8 +72,20 @@ def run(library: str, mesh: str, ranks: int, folder: str) -> dict[str, float]:
 
 
 def load(library: str, mesh: str, folder: Path) -> dict[str, float]:
+    auto, options = prepare(library, mesh)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    model = auto.from_pretrained(folder, dtype="bfloat16", **options)
+    returned = time.perf_counter() - start
+    held = update(model)
+    updated = time.perf_counter() - start
+    return {"returned": returned, "updated": updated, "shard": held, "over": resident("VmHWM") - before - held}
+
+
+def prepare(library: str, mesh: str) -> tuple[Any, dict[str, Any]]:
+    """The library's class to load with, imported, and its options; the ranks have met where there are several."""
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
 
     if library == "transformers":
         from transformers import AutoModelForCausalLM as Auto
@@ -81,23 +93,23 @@ def load(library: str, mesh: str, folder: Path) -> dict[str, float]:
     else:
         from nemo_automodel import NeMoAutoModelForCausalLM as Auto
         from nemo_automodel.components.models.llama import model as _  # noqa: F401
-    options: dict[str, Any] = {}
-    if mesh:
-        world = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        dist.init_process_group("gloo", init_method=os.environ["STORE"], **world)
-        options = {"tp_plan": "auto"} if library == "transformers" else {"prepare": lambda model: shard(model, mesh)}
-        dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    start = time.perf_counter()
-    model = Auto.from_pretrained(folder, dtype="bfloat16", **options)
-    returned = time.perf_counter() - start
+    if not mesh:
+        return Auto, {}
+    world = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("gloo", init_method=os.environ["STORE"], **world)
+    dist.barrier()
+    return Auto, {"tp_plan": "auto"} if library == "transformers" else {"prepare": lambda model: shard(model, mesh)}
+
+
+def update(model: Any) -> int:
+    """Change every parameter in place; returns the bytes of this rank's."""
+    from torch.distributed.tensor import DTensor
+
     parameters = [p.detach() for p in model.parameters()]
     locals_ = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     for parameter in locals_:
         parameter.mul_(0.5)
-    updated, held = time.perf_counter() - start, sum(parameter.nbytes for parameter in locals_)
-    return {"returned": returned, "updated": updated, "shard": held, "over": resident("VmHWM") - before - held}
+    return sum(parameter.nbytes for parameter in locals_)
 
 
 def shard(model: Any, mesh: str) -> None:

@@ -30,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 MB = 1e6
 LIBRARIES = ("nemo_automodel", "transformers")
@@ -57,22 +58,14 @@ def main() -> None:
             compare(Path(folder), args.dtype, args.device, args.runs, args.cold)
 
 
-def make_checkpoint(folder: Path, layers: int, shard_size: str, vocab_size: int = 128256) -> None:
-    """Llama-3.2-1B's shapes with random values, written by transformers."""
+def make_checkpoint(folder: Path, layers: int, shard_size: str, **changes: Any) -> None:
+    """Llama-3.2-1B's shapes but for ``changes``, with random values, written by transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
+    shapes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}
+    shapes |= {"num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, **changes}
+    config = LlamaConfig(**shapes, tie_word_embeddings=True, dtype="bfloat16")
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
 
