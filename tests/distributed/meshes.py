@@ -15,7 +15,7 @@ TENSOR_PARALLEL = {
 }
 
 
-def _fsdp(model: Any, mesh: DeviceMesh) -> None:
+def fsdp(model: Any, mesh: DeviceMesh) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -33,12 +33,12 @@ def sharding(name: str) -> Callable[[Any], None]:
         sizes = dict(part.split("=") for part in name.split(","))
         if "hsdp" in sizes:
             replicas, shards = map(int, sizes["hsdp"].split("x"))
-            _fsdp(model, init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard")))
+            fsdp(model, init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard")))
             return
         mesh = init_device_mesh("cpu", tuple(map(int, sizes.values())), mesh_dim_names=tuple(sizes))
         if "tp" in sizes:
             _tp(model, mesh["tp"])
         if "fsdp" in sizes:
-            _fsdp(model, mesh["fsdp"])
+            fsdp(model, mesh["fsdp"])
 
     return shard
