@@ -215,8 +215,6 @@ def _rope_tables(scene: Scene) -> str:
     turns = [torch.atan2(sin[1], cos[1]) - torch.atan2(sin[0], cos[0]) for cos, sin in (expected, actual)]
     half = turns[0].shape[-1] // 2
     if same(turns[0].sort().values, turns[1].sort().values):
-        if same(turns[0], turns[1]):
-            return "the angles grow as they should, from another start: the positions are shifted"
         return "the frequencies are the reference's in another order: interleaved instead of halved, or the reverse"
     first, second = (f"{t[1 % half].item():.6g}, {t[half - 1].item():.6g}" for t in turns)
     return f"frequencies (second and last) are {second} instead of {first}: rope_theta or the RoPE scaling is wrong"
@@ -230,6 +228,7 @@ class Scores:
     """One way to compute attention from projected queries, keys and values; see `_attend`."""
 
     scale: float
+    values: str
     rope: str
     mask: str
     groups: str
@@ -269,23 +268,21 @@ def _scores_of(
         if window and size and size < length:
             masks.append(f"window of {size}")
     caps = dict.fromkeys((None, getattr(config, "attn_logit_softcapping", None)))
-    for norm, rope in itertools.product(norm_choices, ROPES):
-        q, k = query, key
+    for values, norm, rope, groups in itertools.product(
+        ("its own", "the keys'"), norm_choices, ROPES, ("neighbours", "strides")
+    ):
+        q, k, v = (query, key, value) if values == "its own" else (query, value, key)
         if norm == "before RoPE":
             q, k = _normed(norms[0], q), _normed(norms[1], k)
         q, k = _rotate(q, k, *tables, rope)
         if norm == "after RoPE":
             q, k = _normed(norms[0], q), _normed(norms[1], k)
-        for groups in ("neighbours", "strides"):
-            count = q.shape[1] // k.shape[1]
-            kk, vv = (
-                x.repeat_interleave(count, 1) if groups == "neighbours" else x.repeat(1, count, 1, 1)
-                for x in (k, value)
-            )
-            raw = q @ kk.transpose(2, 3)
-            for mask, scale, cap in itertools.product(masks, _scales(scene), caps):
-                if same(_attend(raw * scale, vv, mask, cap), goal):
-                    return Scores(scale, rope, mask, groups, norm, cap)
+        count = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(count, 1) if groups == "neighbours" else x.repeat(1, count, 1, 1) for x in (k, v))
+        raw = q @ k.transpose(2, 3)
+        for mask, scale, cap in itertools.product(masks, _scales(scene), caps):
+            if same(_attend(raw * scale, v, mask, cap), goal):
+                return Scores(scale, values, rope, mask, groups, norm, cap)
     return None
 
 
@@ -400,6 +397,8 @@ def _residual(scene: Scene) -> str:
         if point == scene.point:
             break
         if point.side == "output" and value.shape == goals[0].shape:
+            # a module whose output is its last part's: one column twice would make the sum ambiguous
+            before = {name: other for name, other in before.items() if not torch.equal(other, value)}
             before[point.module] = value
     if not before:
         return UNKNOWN

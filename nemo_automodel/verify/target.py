@@ -1,10 +1,9 @@
 """What is to be verified: an implementation, its reference and a config, from whatever the user names."""
 
-import copy
 import importlib
 import importlib.util
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,41 @@ class Target:
     checkpoint: Path | None = None
     changed: tuple[str, ...] = ()
 
-    def with_class(self, model_class: Any) -> "Target":
-        """The same target with another implementation."""
-        return replace(self, model_class=model_class)
+    @classmethod
+    def of(
+        cls,
+        model_class: Any,
+        config: PreTrainedConfig,
+        *,
+        reference: str | type | None = None,
+        name: str | None = None,
+        checkpoint: Path | None = None,
+    ) -> "Target":
+        """An implementation at hand, for ``config``.
+
+        Args:
+            model_class: the class to verify.
+            config: for it; the checks run on a small one with its features.
+            reference: a class or its name; default: transformers' of the config's architecture.
+            name: in reports; default: the class's.
+            checkpoint: folder of real weights.
+
+        Raises:
+            TargetError: no reference for it, or not a causal language model.
+        """
+        twin = reference if isinstance(reference, type) else _reference_class(reference, config, model_class)
+        if not twin.__name__.endswith("ForCausalLM"):
+            raise TargetError(f"{twin.__name__}: only causal language models are verified")
+        tiny, changed = shrunk(config)
+        return cls(
+            name=name or model_class.__name__,
+            model_class=model_class,
+            reference_class=twin,
+            config=config,
+            tiny=tiny,
+            checkpoint=checkpoint,
+            changed=tuple(changed),
+        )
 
 
 def find_target(target: str | Path, config: str | Path | None = None, reference: str | None = None) -> Target:
@@ -65,13 +96,13 @@ def find_target(target: str | Path, config: str | Path | None = None, reference:
         by_hand = _model_class_of(path)
         if config is None:
             raise TargetError(f"{path}: a model.py needs --config, a config.json or a folder with one")
-        return _assemble(str(target), by_hand, _read_config(Path(config)), reference)
+        return Target.of(by_hand, _read_config(Path(config)), reference=reference, name=str(target))
     if path.is_dir() or path.suffix == ".json":
         if config is not None:
             raise TargetError(f"{path} has its own config; --config goes with an architecture or a model.py")
         found = _read_config(path)
         checkpoint = path if path.is_dir() and any(path.glob("*.safetensors")) else None
-        return _assemble(str(target), _registered(found, path), found, reference, checkpoint)
+        return Target.of(_registered(found, path), found, reference=reference, name=str(target), checkpoint=checkpoint)
     architecture = str(target)
     model_class: Any = registry.resolve(architecture)
     if model_class is None:
@@ -79,26 +110,7 @@ def find_target(target: str | Path, config: str | Path | None = None, reference:
             f"{architecture} is no folder, no file and no registered architecture ({', '.join(_causal())})"
         )
     given = _read_config(Path(config)) if config is not None else _grouped(model_class.config_class())
-    return _assemble(architecture, model_class, given, reference)
-
-
-def _assemble(
-    name: str, model_class: Any, config: PreTrainedConfig, reference: str | None, checkpoint: Path | None = None
-) -> Target:
-    reference_class = _reference_class(reference, config, model_class)
-    if not model_class.__name__.endswith("ForCausalLM") and reference is None:
-        raise TargetError(f"{model_class.__name__}: only causal language models are verified")
-    config = copy.deepcopy(config)
-    tiny, changed = shrunk(config)
-    return Target(
-        name=name,
-        model_class=model_class,
-        reference_class=reference_class,
-        config=config,
-        tiny=tiny,
-        checkpoint=checkpoint,
-        changed=tuple(changed),
-    )
+    return Target.of(model_class, given, reference=reference, name=architecture)
 
 
 def _grouped(config: PreTrainedConfig) -> PreTrainedConfig:

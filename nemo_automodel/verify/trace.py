@@ -40,7 +40,7 @@ def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
     layout = layout_of(model) if hasattr(model, "state_dict_adapter") else None
     handles = []
     for name, module in model.named_modules():
-        if not name or isinstance(module, nn.ModuleList):
+        if not name or isinstance(module, nn.ModuleList) or name.endswith(("act_fn", "activation_fn")):
             continue
         fusion = layout.fusion_of(name) if layout is not None else None
         names = [name] if fusion is None else [name[: -len(fusion.fused)] + part for part in fusion.parts]
@@ -69,6 +69,34 @@ def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def calls_of(model: nn.Module, ids: Tensor) -> dict[str, Call]:
+    """Each module below the backbone with what it was called with: ``name -> (module, args, kwargs)``."""
+    calls: dict[str, Call] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if "layers." in name or name.endswith("norm"):
+
+            def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                calls[name] = (module, args, dict(kwargs))
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The output itself, or the first tensor in it."""
+    return output if isinstance(output, Tensor) else next(_tensors(output))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -121,12 +121,11 @@ def _multiset(tensors: Mapping[str, Tensor]) -> Counter[float]:
 
 
 def _holding(tensors: Mapping[str, Tensor], values: Counter[float]) -> str:
-    """The name of a tensor that holds some of ``values``."""
+    """The name of the tensor most of which is among ``values``; a few of any tensor are, by chance."""
     wanted = torch.tensor(list(values), dtype=torch.float64)
-    for name, tensor in tensors.items():
-        if torch.isin(tensor.double().flatten().cpu(), wanted).any():
-            return f" ({name})"
-    return ""
+    shares = {name: torch.isin(t.double().flatten().cpu(), wanted).double().mean() for name, t in tensors.items()}
+    name = max(shares, key=shares.__getitem__)
+    return f" ({name})" if shares[name] > 0.5 else ""
 
 
 def _starred(name: str) -> str:
