@@ -168,11 +168,11 @@ def _rows(scene: Scene, name: str, own: Tensor, reference: Tensor) -> str:
 def _norm(scene: Scene, module: nn.Module) -> str:
     x = scene.expected[Point(scene.point.module, "input")]
     weight, bias = module.weight.detach(), getattr(module, "bias", None)  # type: ignore[operator]
-    found = [_norm_of(trace[scene.point], x, weight, bias) for trace in (scene.expected, scene.actual)]
+    found = [norm_of(trace[scene.point], x, weight, bias) for trace in (scene.expected, scene.actual)]
     return _contrast(*found)
 
 
-def _norm_of(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Any] | None:
+def norm_of(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Any] | None:
     """Which norm of ``x`` gives ``y``: what it multiplies by, whether it centres, which epsilon."""
     gains = {"the weight": weight, "1 + the weight": 1 + weight, "no weight": torch.ones_like(weight)}
     biases: dict[str, Tensor | float] = {"no bias": 0.0}
@@ -240,25 +240,36 @@ ROPES = ("half-split", "interleaved", "turned the other way", "on no head", "on 
 
 
 def _attention(scene: Scene) -> str:
-    config = scene.reference.config
-    parts = [scene.expected.get(Point(f"{scene.siblings}{name}", "output")) for name in ("q_proj", "k_proj", "v_proj")]
-    tables = _tables(scene)
-    if any(part is None for part in parts) or tables is None:
+    if _projected(scene) is None:
         return "scores, mask or values are computed in another way"
-    head_dim = _head_dim(config)
-    query, key, value = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in parts if part is not None)
-    found = []
-    for each in (scene.expected, scene.actual):
-        goal = each[scene.point].unflatten(-1, (-1, head_dim)).transpose(1, 2)
-        found.append(_scores_of(scene, goal, query, key, value, tables))
+    found = [_scores_of(scene, each) for each in (scene.expected, scene.actual)]
     return _contrast(*[None if f is None else {x.name: getattr(f, x.name) for x in fields(f)} for f in found])
 
 
-def _scores_of(
-    scene: Scene, goal: Tensor, query: Tensor, key: Tensor, value: Tensor, tables: tuple[Tensor, Tensor]
-) -> Scores | None:
-    """The way of computing attention that gives ``goal`` ``[B, H, S, D]``."""
+def attention_of(model: Any, found: Trace, module: str) -> Scores | None:
+    """How the attention at the path ``module`` computes; None where nothing tried here reproduces it."""
+    scene = Scene(Point(f"{module}.o_proj", "input"), found, found, model, model, {})
+    return None if scene.point not in found or _projected(scene) is None else _scores_of(scene, found)
+
+
+def _projected(scene: Scene) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The reference's queries ``[B, H, S, D]``, keys and values ``[B, K, S, D]`` before norms and RoPE."""
+    parts = [scene.expected.get(Point(f"{scene.siblings}{name}", "output")) for name in ("q_proj", "k_proj", "v_proj")]
+    found = [part for part in parts if part is not None]
+    if len(found) < 3 or _tables(scene) is None:
+        return None
+    query, key, value = (x.unflatten(-1, (-1, _head_dim(scene.reference.config))).transpose(1, 2) for x in found)
+    return query, key, value
+
+
+def _scores_of(scene: Scene, found: Trace) -> Scores | None:
+    """The way of computing attention that gives what ``found`` has at the point."""
+    projected, tables = _projected(scene), _tables(scene)
+    assert projected is not None
+    assert tables is not None
+    query, key, value = projected
     config, length = scene.reference.config, query.shape[2]
+    goal = found[scene.point].unflatten(-1, (-1, query.shape[-1])).transpose(1, 2)
     window = getattr(config, "sliding_window", None)
     modules = dict(scene.reference.named_modules())
     norms = [modules.get(f"{scene.siblings}{name}") for name in _NORM_NAMES if f"{scene.siblings}{name}" in modules]
