@@ -75,8 +75,8 @@ class PeftAdapter:
     def prepare(self, model: nn.Module, layout: Layout | None = None) -> None:
         """Freeze ``model`` and put empty adapters where this one's tensors go; nothing changes when it does not fit.
 
-        Adapters get the wider dtype of the file's and the layer's, in which peft computes as well. A tied head or
-        embedding that comes with the adapter is untied.
+        Adapters get the wider dtype of the file's and the layer's (peft, unless told otherwise, computes bf16 ones in
+        fp32). A tied head or embedding that comes with the adapter is untied.
 
         Args:
             model: with weights or on the meta device, not sharded yet.
