@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Subject:
         self.device = torch.device(device)
         self._folder = tempfile.TemporaryDirectory(prefix="automodel-verify-")
 
-    def __enter__(self) -> "Subject":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from nemo_automodel.verify.check import Check
-from nemo_automodel.verify.checks import end_to_end, modules, weights
+from nemo_automodel.verify.checks import checkpoint, end_to_end, modules, speed, weights
 from nemo_automodel.verify.target import Target
 
 
@@ -13,4 +13,5 @@ def all_checks(target: Target, meshes: Sequence[str] = ()) -> list[Check]:
     Raises:
         ValueError: a mesh that cannot be.
     """
-    return [*weights.CHECKS, *modules.CHECKS, *end_to_end.CHECKS]
+    real = checkpoint.CHECKS if target.checkpoint is not None else []
+    return [*weights.CHECKS, *modules.CHECKS, *end_to_end.CHECKS, *real, *speed.CHECKS]
