@@ -158,7 +158,7 @@ def _publish(aside: Path, folder: Path, merge: bool) -> None:
     else:
         old = _hide(folder)
         aside.rename(folder)
-        _sync_path(folder.parent)
+        sync_path(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -199,7 +199,7 @@ def _move_into(aside: Path, folder: Path) -> None:
     # the index last: it is what makes the shards visible
     for name in sorted(new, key=lambda name: (name == INDEX, name.endswith(".json"), name)):
         os.replace(aside / name, folder / name)
-    _sync_path(folder)
+    sync_path(folder)
     for file in stale:
         file.unlink()
 
@@ -232,10 +232,11 @@ def _sync(folder: Path) -> None:
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o666 & ~umask)
     for path in (*folder.rglob("*"), folder):
-        _sync_path(path)
+        sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Return once what ``path`` holds is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -161,7 +161,7 @@ def kill_at(monkeypatch, step: int) -> None:
 
         return call
 
-    monkeypatch.setattr(writing, "_sync_path", lambda path: None)  # slow, and changes nothing that can be seen
+    monkeypatch.setattr(writing, "sync_path", lambda path: None)  # slow, and changes nothing that can be seen
     for owner, name in [(os, "replace"), (Path, "rename"), (Path, "unlink"), (writing, "_sync"), (shutil, "rmtree")]:
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
 
