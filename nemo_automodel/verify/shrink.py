@@ -12,6 +12,7 @@ LENGTH = 24
 """Tokens of the sample that most checks run; shrunk windows are shorter, shrunk original context lengths longer."""
 
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
+_NOT_KEPT = ("model_type", "transformers_version", "quantization_config")  # random weights are not quantized
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -36,12 +37,10 @@ def shrunk(config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:
     if (rope := getattr(config, "rope_parameters", None)) is not None:
         tiny.rope_parameters = _small_rope(copy.deepcopy(rope), tiny)
     # what the class derives from its fields (and checks between them) is derived again
-    fields = {
-        name: value for name, value in tiny.to_dict().items() if name not in ("model_type", "transformers_version")
-    }
+    fields = {name: value for name, value in tiny.to_dict().items() if name not in _NOT_KEPT}
     tiny = type(config)(**fields)
     after = tiny.to_dict()
-    changed = [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after.get(name)]
+    changed = [f"{name}: {before[name]} -> {after.get(name)}" for name in before if before[name] != after.get(name)]
     return tiny, [text for text in changed if not text.startswith("transformers_version")]
 
 

@@ -1,23 +1,23 @@
 """Real weights and speed: what passes, what is refused, and what a spoiled implementation is told."""
 
-from collections.abc import Callable, Iterator
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_automodel.components.models.llama import model as llama
-from nemo_automodel.verify import find_target
+from nemo_automodel.verify import find_target, verify
 from nemo_automodel.verify.checks import all_checks, checkpoint, speed
 from nemo_automodel.verify.outcome import NotApplicable, Outcome
 from nemo_automodel.verify.subject import Subject
 from nemo_automodel.verify.target import Target
+from tests.components.checkpoint.test_block_fp8 import quantize
 from tests.conftest import randomize, tiny
 from tests.recipes.conftest import write_checkpoint
-
-Run = Callable[..., dict[str, Outcome]]
 
 
 def save(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
@@ -61,6 +61,23 @@ def test_above_the_size_for_float64_the_reference_in_fp32_is_the_truth(
     assert 0 < outcome.differences[1].bound < 1e-4
 
 
+def test_a_quantized_folder_round_trips_dequantized_and_is_not_run(tmp_path: Path) -> None:
+    stored = load_file(save(tmp_path) / "model.safetensors")
+    for name in [name for name in stored if name.endswith("proj.weight")]:
+        stored[name], stored[f"{name}_scale_inv"] = quantize(stored[name].float(), (16, 16))
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = verify(tmp_path, quick=True)
+    assert report.passed, report.failures()
+    assert {r.name: r.word for r in report.results if r.group == "real weights"} == {
+        "round trip": "pass",
+        "logits": "n/a",
+        "greedy tokens": "n/a",
+    }
+
+
 def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = find_target(save(tmp_path))
 
@@ -78,7 +95,7 @@ def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def spoiled(tmp_path: Path) -> Iterator[Target]:
+def spoiled(tmp_path: Path) -> Target:
     """Saves its norm weights a little off, and scales its logits."""
 
     class SpoiledForCausalLM(llama.LlamaForCausalLM):
@@ -94,7 +111,7 @@ def spoiled(tmp_path: Path) -> Iterator[Target]:
             return outputs
 
     target = find_target(save(tmp_path / "model"))
-    yield Target.of(SpoiledForCausalLM, target.config, checkpoint=target.checkpoint)
+    return Target.of(SpoiledForCausalLM, target.config, checkpoint=target.checkpoint)
 
 
 def test_a_spoiled_one_is_told_what_is_wrong(spoiled: Target) -> None:
