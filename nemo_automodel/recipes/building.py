@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
@@ -53,7 +54,9 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if several:
-            fully_shard_layers(model, set(model._no_split_modules), device)
+            # torch's default is a mesh of GPUs wherever there are some, also for ranks that compute on the CPU
+            mesh = init_device_mesh(device.type, (Together().size,))
+            fully_shard_layers(model, set(model._no_split_modules), mesh)
 
     common: dict[str, Any] = {
         "dtype": DTYPES.get(options.dtype, auto_dtype(device)),

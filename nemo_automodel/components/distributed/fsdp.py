@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 # the leading rank may export a model, or tokenize a data set, while the others wait
@@ -31,23 +31,22 @@ def join_ranks(device: torch.device) -> torch.device:
     return device
 
 
-def fully_shard_layers(model: nn.Module, layer_classes: set[str], device: torch.device) -> None:
-    """Shard ``model`` over all ranks, layer by layer; the ranks' gradients are averaged, in fp32.
+def fully_shard_layers(model: nn.Module, layer_classes: set[str], mesh: DeviceMesh) -> None:
+    """Shard ``model`` over the ranks of ``mesh``, layer by layer; the ranks' gradients are averaged, in fp32 at least.
 
     Args:
         model: on the meta device (its weights are then read shard by shard), or whole on every rank.
         layer_classes: class names of the layers that are gathered one at a time.
-        device: where this rank computes.
+        mesh: of one axis; or of two, and then whole copies of the model go along the first (HSDP).
 
     Raises:
         ValueError: the model has no such layer.
     """
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     layers = [module for module in model.modules() if type(module).__name__ in layer_classes]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer of the classes {sorted(layer_classes)} to shard by")
-    # torch's default is a mesh of GPUs wherever there are some, also for ranks that compute on the CPU
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    dtype = torch.promote_types(torch.float32, next(model.parameters()).dtype)
+    policy = MixedPrecisionPolicy(reduce_dtype=dtype)
     for module in (*layers, model):
         # the outermost too, which torch would leave gathered after a forward pass: what is not sharded is not saved
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

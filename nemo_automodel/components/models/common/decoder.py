@@ -24,17 +24,10 @@ from nemo_automodel.components.models.common.combined_projection.state_dict_adap
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.models.common.rope import RotaryEmbedding
 from nemo_automodel.components.models.common.spec import DecoderSpec
+from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Layer type -> the function of transformers that makes its attention mask (and finds packed documents)."""
-
-LAYER_TP_PLAN = {
-    "layers.*.self_attn.qkv_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_up_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -122,8 +115,7 @@ class DecoderModel(DecoderPreTrainedModel):
     def init_parallel_plans(self) -> None:
         # transformers would copy the config's plan, which names the separate projections that do not exist here
         super().init_parallel_plans()
-        modules = {name.replace("layers.0.", "layers.*.") for name, _ in self.layers.named_modules(prefix="layers")}
-        self._tp_plan = {name: style for name, style in LAYER_TP_PLAN.items() if name in modules}
+        self._tp_plan = tp_plan_of(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the backbone alone would be saved under names that nothing else reads."""
