@@ -93,7 +93,7 @@ def find_target(target: str | Path, config: str | Path | None = None, reference:
     """
     path = Path(target)
     if path.suffix == ".py":
-        by_hand = _model_class_of(path)
+        by_hand = model_class_of(path)
         if config is None:
             raise TargetError(f"{path}: a model.py needs --config, a config.json or a folder with one")
         return Target.of(by_hand, _read_config(Path(config)), reference=reference, name=str(target))
@@ -165,7 +165,12 @@ def _architecture_of(config: PreTrainedConfig) -> str | None:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
 
 
-def _model_class_of(path: Path) -> Any:
+def model_class_of(path: Path) -> Any:
+    """The ``ModelClass`` of a ``model.py``.
+
+    Raises:
+        TargetError: it has none, or cannot be imported.
+    """
     if not path.is_file():
         raise TargetError(f"{path} does not exist")
     # a package's relative and absolute imports work when its folder can be found

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from nemo_automodel.verify.check import Check
-from nemo_automodel.verify.checks import checkpoint, end_to_end, modules, speed, weights
+from nemo_automodel.verify.checks import adapters, checkpoint, end_to_end, modules, speed, weights
+from nemo_automodel.verify.checks.meshes import mesh_check, parse_mesh
 from nemo_automodel.verify.target import Target
 
 
@@ -14,4 +15,13 @@ def all_checks(target: Target, meshes: Sequence[str] = ()) -> list[Check]:
         ValueError: a mesh that cannot be.
     """
     real = checkpoint.CHECKS if target.checkpoint is not None else []
-    return [*weights.CHECKS, *modules.CHECKS, *end_to_end.CHECKS, *real, *speed.CHECKS]
+    on_ranks = [mesh_check(parse_mesh(text, target.tiny)) for text in dict.fromkeys(meshes)]
+    return [
+        *weights.CHECKS,
+        *modules.CHECKS,
+        *end_to_end.CHECKS,
+        *adapters.CHECKS,
+        *real,
+        *on_ranks,
+        *speed.CHECKS,
+    ]

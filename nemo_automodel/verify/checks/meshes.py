@@ -1,0 +1,250 @@
+"""One training step on several ranks of this machine, beside the reference's in one process."""
+
+import importlib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedConfig
+
+from nemo_automodel.components.distributed import fully_shard_layers, parallelize_tensors
+from nemo_automodel.components.models.common.tp_plan import tp_plan_of
+from nemo_automodel.components.placement import whole
+from nemo_automodel.verify.check import Check
+from nemo_automodel.verify.exact import Exact
+from nemo_automodel.verify.outcome import Outcome, bitwise, formula, judge
+from nemo_automodel.verify.ranks import run_ranks
+from nemo_automodel.verify.shrink import LENGTH
+from nemo_automodel.verify.subject import Subject
+from nemo_automodel.verify.target import model_class_of
+
+TIMEOUT = 180.0
+"""Seconds for all ranks to start, load, step and save; ten are enough on an idle machine."""
+
+LEARNING_RATE = 0.1
+ROWS = 2
+"""Of the batch, for each data-parallel rank."""
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many ranks go along each axis.
+
+    Attributes:
+        text: as the user wrote it.
+        replicate: whole copies of the model, whose gradients are averaged (HSDP).
+        shard: ranks that share one copy (FSDP2).
+        tp: ranks that share each layer's computation.
+    """
+
+    text: str
+    replicate: int = 1
+    shard: int = 1
+    tp: int = 1
+
+    @property
+    def data(self) -> int:
+        """Ranks with rows of their own."""
+        return self.replicate * self.shard
+
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.data * self.tp
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Those with more than one rank, outermost first."""
+        sizes = {"replicate": self.replicate, "shard": self.shard, "tp": self.tp}
+        return {name: size for name, size in sizes.items() if size > 1}
+
+
+def parse_mesh(text: str, config: PreTrainedConfig) -> Mesh:
+    """``"fsdp=2"``, ``"tp=2"``, ``"fsdp=2,tp=2"`` or ``"hsdp=2x2"``, for a model of ``config``.
+
+    Raises:
+        ValueError: another word or size, or heads that do not divide over ``tp``.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis in ("cp", "pp"):
+            raise ValueError(f"--mesh {text}: {axis} is not built yet; fsdp, hsdp and tp are")
+        wanted = r"(\d+)x(\d+)" if axis == "hsdp" else r"(\d+)"
+        found = re.fullmatch(wanted, size)
+        if axis not in ("fsdp", "hsdp", "tp") or found is None:
+            raise ValueError(f"--mesh {text}: {part!r} is none of fsdp=2, hsdp=2x2 (copies x ranks of each), tp=2")
+        names = {"fsdp": ["shard"], "hsdp": ["replicate", "shard"], "tp": ["tp"]}[axis]
+        if sizes.keys() & names:
+            raise ValueError(f"--mesh {text}: {axis} comes on top of another one; give fsdp or hsdp, and tp, once")
+        sizes |= dict(zip(names, map(int, found.groups()), strict=True))
+    if alone := [name for name, size in sizes.items() if size < 2]:
+        raise ValueError(f"--mesh {text}: {alone[0]} needs two ranks at least")
+    mesh = Mesh(text, **sizes)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for count, what in ((heads, "KV heads"), (config.intermediate_size, "rows of the MLP")):
+        if count % mesh.tp:
+            raise ValueError(
+                f"tp={mesh.tp} but {count} {what}: tp must divide them (in the small model that is checked)"
+            )
+    return mesh
+
+
+def mesh_check(mesh: Mesh) -> Check:
+    """The check of one mesh."""
+    return Check("meshes", mesh.text, partial(same_step, mesh=mesh))
+
+
+def same_step(subject: Subject, mesh: Mesh) -> Outcome:
+    """Logits, loss, gradients and the parameters after a step of SGD in float64, on every rank; and a saved model."""
+    folder = subject.scratch / mesh.text
+    folder.mkdir()
+    ids = subject.tokens(ROWS * mesh.data).cpu()
+    labels = ids.clone()
+    for row, label in enumerate(labels):  # ranks with unlike numbers of tokens to learn from
+        label[: 7 * row % LENGTH] = IGNORED
+    save_file({"ids": ids, "labels": labels}, folder / "batch.safetensors")
+    job = Job(mesh, ClassByName.of(subject.target.model_class), subject.checkpoint, folder)
+    run_ranks(mesh.size, _on_rank, job, timeout=TIMEOUT)
+
+    with Exact():
+        expected = _step(subject.reference(torch.float64).cpu(), ids, labels, _tokens(labels))
+    differences, loss = [], torch.zeros((), dtype=torch.float64)
+    for rank in range(mesh.size):
+        actual = load_file(folder / f"rank{rank}.safetensors")
+        if actual.keys() != expected.keys():
+            return Outcome(False, f"tensors that are on one side only: {sorted(actual.keys() ^ expected.keys())[:4]}")
+        loss += actual.pop("loss") / mesh.tp
+        for name, value in actual.items():
+            wanted = expected[name][_rows(rank, mesh)] if name == "logits" else expected[name]
+            differences.append(formula(f"rank {rank}: {name}", value, wanted))
+    differences.append(formula("loss", loss, expected["loss"]))
+    saved, stored = (load_file(each / "model.safetensors") for each in (folder / "saved", subject.checkpoint))
+    if saved.keys() != stored.keys():
+        return Outcome(False, f"saved tensors that came or went: {sorted(saved.keys() ^ stored.keys())[:4]}")
+    differences += [bitwise(f"saved {key}", saved[key], stored[key]) for key in stored]
+    return judge(differences, f"{mesh.size} ranks: loss, logits, gradients, a step of SGD, and what they save")
+
+
+@dataclass(frozen=True)
+class ClassByName:
+    """An implementation for another process: a class out of a ``model.py`` cannot be pickled."""
+
+    module: str
+    file: str
+    name: str
+
+    @classmethod
+    def of(cls, model_class: Any) -> "ClassByName":
+        """Names of ``model_class``."""
+        module = sys.modules[model_class.__module__]
+        return cls(module.__name__, module.__file__ or "", model_class.__name__)
+
+    def find(self) -> Any:
+        """The class."""
+        try:
+            return getattr(importlib.import_module(self.module), self.name)
+        except ModuleNotFoundError:
+            return model_class_of(Path(self.file))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks do.
+
+    Attributes:
+        mesh: of all ranks.
+        model_class: the implementation.
+        checkpoint: what they load.
+        folder: has the batch; the results go there.
+    """
+
+    mesh: Mesh
+    model_class: ClassByName
+    checkpoint: Path
+    folder: Path
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """This rank's shards of the model."""
+        axes = self.mesh.axes
+        mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+        def shard(model: Any) -> None:
+            if "tp" in axes:
+                parallelize_tensors(model, tp_plan_of(model), mesh["tp"])
+            if data := tuple(name for name in axes if name != "tp"):
+                fully_shard_layers(model, set(model._no_split_modules), mesh[data])
+
+        return self.model_class.find().from_pretrained(
+            self.checkpoint, dtype=dtype, attn_implementation="eager", prepare=shard
+        )
+
+
+def _on_rank(job: Job) -> None:
+    job.load(torch.float32).save_pretrained(job.folder / "saved")
+    batch, rows = load_file(job.folder / "batch.safetensors"), _rows(dist.get_rank(), job.mesh)
+    tokens = _tokens(batch["labels"])
+    with Exact():
+        tensors = _step(job.load(torch.float64), batch["ids"][rows], batch["labels"][rows], tokens, job.mesh.data)
+    save_file(tensors, job.folder / f"rank{dist.get_rank()}.safetensors")
+
+
+def _rows(rank: int, mesh: Mesh) -> slice:
+    """Of the batch, for one rank."""
+    first = rank // mesh.tp * ROWS
+    return slice(first, first + ROWS)
+
+
+def _tokens(labels: Tensor) -> int:
+    """That are learnt from."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def _step(model: Any, ids: Tensor, labels: Tensor, tokens: int, ranks: int = 1) -> dict[str, Tensor]:
+    """Logits, these rows' share of the loss, and each parameter's gradient and value after a step of SGD.
+
+    Args:
+        model: sharded over ``ranks``, or whole.
+        ids: ``[rows, S]``.
+        labels: ``[rows, S]``.
+        tokens: of the rows of all ranks, by which the sum over these rows' tokens is divided.
+        ranks: over which FSDP averages the gradients.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits
+    summed = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    loss = summed / tokens
+    (loss * ranks).backward()
+    parameters = dict(model.named_parameters())
+    if absent := [name for name, parameter in parameters.items() if parameter.grad is None]:
+        raise ValueError(f"{absent[0]} takes no part in the loss: it has no gradient")
+    gradients = _whole(model, {name: parameter.grad for name, parameter in parameters.items()})
+    torch.optim.SGD(parameters.values(), lr=LEARNING_RATE, foreach=False).step()
+    stepped = _whole(model, parameters)
+    return {
+        "logits": logits.detach().contiguous(),
+        "loss": loss.detach(),
+        **{f"gradient of {name}": value for name, value in gradients.items()},
+        **{f"{name} after a step": value for name, value in stepped.items()},
+    }
+
+
+def _whole(model: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Gathered, under Hugging Face's names, and with memory of their own."""
+    gathered = {name: whole(tensor) for name, tensor in tensors.items()}
+    if hasattr(model, "state_dict_adapter"):
+        gathered = model.state_dict_adapter.to_hf(gathered)
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in gathered.items()}
