@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_automodel import __version__
 from nemo_automodel.config import ConfigError, dump_config, format_help, load_config
@@ -27,7 +28,7 @@ _OUT_OF_MEMORY = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``automodel`` with ``arguments`` (default: the process's own); returns the exit status.
 
-    0: done. 1: `verify` found a difference. 2: the input cannot be used (one message on stderr says why).
+    0: done. 1: `verify` or `new` found a difference. 2: the input cannot be used (one message on stderr says why).
     130: interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -135,7 +136,26 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--html", type=Path, metavar="FILE", help="write a page with tables and plots")
     verify.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     verify.set_defaults(run=_verify)
+    _add_new(commands)
     return parser
+
+
+def _add_new(commands: Any) -> None:
+    new = commands.add_parser(
+        "new",
+        help="start a model family from a config.json: files, registry entry, test, verified",
+        description="Find out from transformers' class how an architecture differs from Llama, write a family for it "
+        "in the repository's style (or a folder of its own), verify it, and list what is left to do by hand. Files "
+        "that were edited are never overwritten.",
+    )
+    new.add_argument("name", metavar="NAME", help="of the family's module, as qwen3")
+    new.add_argument("--from", dest="source", required=True, metavar="CONFIG", help="config.json, a folder or a Hub id")
+    new.add_argument(
+        "--like", default="llama", metavar="TYPE", help="model type to compare with (default: %(default)s)"
+    )
+    new.add_argument("--out", type=Path, metavar="FOLDER", help="a folder of its own, outside the repository")
+    new.add_argument("--quick", action="store_true", help="leave the slow checks of the verification out")
+    new.set_defaults(run=_new)
 
 
 def _train(arguments: list[str]) -> int:
@@ -224,6 +244,13 @@ def _verify(options: argparse.Namespace) -> int:
     if options.html:
         options.html.write_text(page(report), encoding="utf-8")
     return 0 if report.passed else 1
+
+
+def _new(options: argparse.Namespace) -> int:
+    from nemo_automodel.onboard.new import new
+
+    outcome = new(options.name, options.source, like=options.like, out=options.out, quick=options.quick)
+    return 0 if outcome.report.passed else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""A family's differences from another one, as a table and in a sentence."""
+
+from nemo_automodel.onboard.describe import Family
+
+_SAID = {
+    "layer_types": {
+        "tuple(config.layer_types)": "sliding-window layers by `layer_types`",
+        "(kind,) * config.num_hidden_layers": "a sliding window on every layer where `sliding_window` is set",
+        '("full_attention",) * config.num_hidden_layers': "no sliding window",
+    },
+    "qkv_bias": {"True": "biases on query, key and value", "False": "no bias on query, key and value"},
+    "o_bias": {"True": "a bias on the attention's output", "False": "no bias on the attention's output"},
+    "qk_norm": {'"head"': "RMSNorm on every query and key head", '"full"': "RMSNorm on all queries and on all keys"},
+    "mlp": {"PlainMLP": "a plain MLP"},
+    "sliding_window": {"config.sliding_window": ""},
+}
+"""Slot -> code -> words."""
+
+_SAID_WITH_CODE = {
+    "norm_eps": "epsilon `{}`",
+    "qkv_bias": "biases on query, key and value by `{}`",
+    "o_bias": "a bias on the attention's output by `{}`",
+    "attention_scale": "scores times `{}`",
+    "norms": "norms {}",
+    "embedding_multiplier": "embeddings times `{}`",
+    "residual_multiplier": "branches times `{}`",
+    "logits_multiplier": "logits times `{}`",
+}
+
+_PLACES = {
+    "before_attention": "before attention",
+    "after_attention": "after attention",
+    "before_mlp": "before the MLP",
+    "after_mlp": "after the MLP",
+}
+
+
+def differences(family: Family, like: Family) -> list[tuple[str, str, str]]:
+    """What differs, as (slot, this family's code, the other one's)."""
+    pairs = [(slot, code, like.slots.get(slot) or "None") for slot, code in family.slots.items() if code is not None]
+    return [(slot, code, other) for slot, code, other in pairs if code != other]
+
+
+def sentence(family: Family, like: Family) -> str:
+    """The differences in words, one after the other."""
+    said = []
+    for slot, code, _ in differences(family, like):
+        if slot == "norms":
+            norms = family.observations[0].facts["norms"]
+            code = ", ".join(words for place, words in _PLACES.items() if getattr(norms, place) is not None)
+        words = _SAID.get(slot, {}).get(code)
+        said.append(
+            _SAID_WITH_CODE.get(slot, slot + " {}").format(code.replace("config.", "")) if words is None else words
+        )
+    return "; ".join(dict.fromkeys(filter(None, said)))
