@@ -11,7 +11,7 @@ from nemo_automodel.verify.outcome import Difference
 from nemo_automodel.verify.report import Report, Result
 
 WIDTH, HEIGHT, LEFT, TOP = 720, 180, 60, 12
-_LOWEST, _HIGHEST = -8, 8  # decades of error over bound that are told apart; what is beyond is drawn at the edge
+_LOWEST, _HIGHEST = -8, 12  # decades of error over bound that are told apart; what is beyond is drawn at the edge
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -125,11 +125,13 @@ def _plot(title: str, differences: Sequence[Difference]) -> str:
     verdict = f"the first past its bound is {differences[past[0]].name}" if past else "all within their bounds"
     parts = [
         f'<svg role="img" viewBox="0 0 {WIDTH} {HEIGHT + 2 * TOP + 14}" width="{WIDTH}">',
-        f"<title>{escape(title)}: {len(differences)} differences over their bounds, {escape(verdict)}</title>",
+        f"<title>{escape(title)}: differences over their bounds, {len(differences)} in all, {escape(verdict)}</title>",
     ]
-    for tick in range(low, high + 1, max(1, (high - low) // 6)):
+    between = max(1, (high - low) // 6)
+    for tick in (decade for decade in range(low, high + 1) if decade % between == 0):
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">1e{tick}</text>')
+        label = f"1e{tick}" if tick else "bound"
+        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
     parts.append(f'<line class="bound" x1="{LEFT}" x2="{WIDTH}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>')
     for index, (each, decade) in enumerate(zip(differences, decades, strict=True)):
         css = "" if each.passed else ' class="past"'

@@ -165,8 +165,8 @@ def test_plots_mark_the_first_difference_past_its_bound() -> None:
     plots = [attrs for tag, attrs in parsed.tags if tag == "svg"]
     assert len(plots) == 2  # what is exact needs none
     assert all(attrs["role"] == "img" for attrs in plots)
-    assert "positions: 5 differences over their bounds, the first past its bound is layer 2" in parsed.text
-    assert "layers: 1 differences over their bounds, all within their bounds" in parsed.text
+    assert "positions: differences over their bounds, 5 in all, the first past its bound is layer 2" in parsed.text
+    assert "layers: differences over their bounds, 1 in all, all within their bounds" in parsed.text
     points = [attrs for tag, attrs in parsed.tags if tag == "circle"][1:]
     assert [attrs.get("class") for attrs in points] == [None, None, "past", "past", "past", "first"]
     assert points[5]["cx"] == points[2]["cx"]
