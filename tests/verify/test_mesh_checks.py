@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from nemo_automodel._transformers import registry
 from nemo_automodel.components.layout import Fusion, Layout
 from nemo_automodel.components.models.common.combined_projection import CombinedGateUpMLP
+from nemo_automodel.components.models.common.decoder import DecoderForCausalLM
+from nemo_automodel.components.models.common.spec import DecoderSpec, NormSlots
 from nemo_automodel.components.models.llama.model import LlamaForCausalLM
 from nemo_automodel.components.models.llama.state_dict_adapter import LlamaStateDictAdapter
 from nemo_automodel.verify import Target, find_target, verify
@@ -114,6 +116,54 @@ def test_a_model_by_hand_is_found_again_by_the_ranks(tmp_path: Path) -> None:
     target = find_target(BY_HAND, tmp_path, "LlamaForCausalLM")
     with Subject(target) as subject:
         assert same_step(subject, Mesh("tp=2", tp=2)).passed
+
+
+class NormedHeadsForCausalLM(DecoderForCausalLM):
+    """Qwen3: a norm on each head of queries and keys."""
+
+    config_class = Qwen3Config
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_rep"}  # noqa: RUF012
+
+    @staticmethod
+    def decoder_spec(config: Qwen3Config) -> DecoderSpec:
+        types = tuple(config.layer_types or ())
+        return DecoderSpec(norm_eps=config.rms_norm_eps, layer_types=types, qk_norm="head")
+
+
+class NormedWidthForCausalLM(DecoderForCausalLM):
+    """OLMo 2: a norm on all heads of queries together, and of keys."""
+
+    config_class = Olmo2Config
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_rep"}  # noqa: RUF012
+
+    @staticmethod
+    def decoder_spec(config: Olmo2Config) -> DecoderSpec:
+        after = NormSlots(
+            before_attention=None,
+            after_attention="post_attention_layernorm",
+            before_mlp=None,
+            after_mlp="post_feedforward_layernorm",
+        )
+        types = ("full_attention",) * config.num_hidden_layers
+        return DecoderSpec(norm_eps=config.rms_norm_eps, layer_types=types, qk_norm="full", norms=after)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "mesh"),
+    [
+        (NormedHeadsForCausalLM, "tp=2"),
+        (NormedWidthForCausalLM, "tp=2"),
+        pytest.param(NormedHeadsForCausalLM, "fsdp=2,tp=2", marks=SLOW),
+        pytest.param(NormedWidthForCausalLM, "fsdp=2,tp=2", marks=SLOW),
+    ],
+)
+def test_norms_of_heads_are_those_of_all_ranks_heads(model_class: Any, mesh: str) -> None:
+    architecture = model_class.config_class.__name__.replace("Config", "ForCausalLM")
+    config = model_class.config_class(**HEADS, architectures=[architecture])
+    outcome = outcome_of(model_class, config, mesh)
+    assert outcome.passed, outcome.detail
 
 
 class HalvesMLP(CombinedGateUpMLP):

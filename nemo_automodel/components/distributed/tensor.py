@@ -2,17 +2,40 @@
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+
+class NormOfHeads(ParallelStyle):
+    """A norm of ``[B, S, heads, D]`` or ``[B, S, heads * D]``, of which each rank has some heads: its weight is whole.
+
+    Without it a rank's gradient would be that of its own heads, and a mean over all heads that over its own.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        heads = (Shard(2),)
+
+        def joined(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+            x = DTensor.from_local(inputs[0], mesh, heads, run_check=False)
+            # the norm of all heads together needs them together: torch would add epsilon to a mean still in parts
+            return x if x.ndim > 3 else x.redistribute(placements=(Replicate(),))
+
+        def own(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+            return output.redistribute(placements=heads).to_local()
+
+        return distribute_module(module, device_mesh, input_fn=joined, output_fn=own)
+
 
 STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
     "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
     "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "replicated_with_grad_allreduce": NormOfHeads,
 }
 """What a plan may ask of a module, in transformers' words; ``_rep``: its output, or input, is whole on every rank."""
 

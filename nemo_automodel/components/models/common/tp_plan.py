@@ -6,16 +6,18 @@ from torch import nn
 
 LAYER_TP_PLAN = {
     "layers.*.self_attn.qkv_proj": "colwise",
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
     "layers.*.self_attn.o_proj": "rowwise",
     "layers.*.mlp.gate_up_proj": "colwise",
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
-"""Every layer's projections, by the names that the pattern gives them."""
+"""What every layer cuts, by the names that the pattern gives it."""
 
 
 def tp_plan_of(model: nn.Module) -> dict[str, str]:
-    """What the class declares as its ``_tp_plan``, and `LAYER_TP_PLAN` for the projections that the model has.
+    """What the class declares as its ``_tp_plan``, and `LAYER_TP_PLAN` for what of it the model has.
 
     Not the plan that transformers puts together (``model.tp_plan``): where a backbone does not set its own, that one
     names the separate projections, which do not exist here.
