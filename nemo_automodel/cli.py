@@ -129,7 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--config", help="config.json, or a folder with one, for an architecture or a model.py")
     verify.add_argument("--reference", metavar="CLASS", help="what to compare with, as transformers.LlamaForCausalLM")
     verify.add_argument(
-        "--mesh", action="append", default=[], help="try ranks too, as fsdp=2, tp=2 or fsdp=2,tp=2; may be repeated"
+        "--mesh",
+        action="append",
+        default=[],
+        help="try ranks too: fsdp=2, tp=2, fsdp=2,tp=2, hsdp=2x2; may be repeated",
     )
     verify.add_argument("--quick", action="store_true", help="leave the slow checks out")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")

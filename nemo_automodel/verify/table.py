@@ -29,7 +29,7 @@ class Table:
         self._group = ""
         self._running = Status("", console=self._console) if self._console.is_terminal else None
         reference = target.reference_class
-        self._print(Text(f"{target.model_class.__name__} against {reference.__module__}.{reference.__name__}"))
+        self._title = Text(f"{target.model_class.__name__} against {reference.__module__}.{reference.__name__}")
 
     def __enter__(self) -> Self:
         if self._running is not None:
@@ -43,7 +43,10 @@ class Table:
             self._running.stop()
 
     def start(self, check: Check) -> None:
-        """Say that ``check`` is running."""
+        """Say that ``check`` is running; before the first, what is compared."""
+        if self._title:
+            self._print(self._title)
+            self._title = Text()
         if self._running is not None:
             self._running.update(f"{check.group}: {check.name}")
 
@@ -63,11 +66,13 @@ class Table:
 
     def close(self, report: Report) -> None:
         """What failed, in full; what was made smaller; the verdict."""
-        for result in report.results:
-            if result.outcome.passed is False:
-                self._console.print(Text(f"\nFAIL {result.group}, {result.name}", _STYLES["FAIL"]))
-                self._console.print(Text(f"{result.outcome.detail}\n{result.trouble}".rstrip()), soft_wrap=True)
+        failed = [result for result in report.results if result.outcome.passed is False]
+        for result in failed:
+            self._console.print(Text(f"\nFAIL {result.group}, {result.name}", _STYLES["FAIL"]))
+            self._console.print(Text(f"{result.outcome.detail}\n{result.trouble}".rstrip()), soft_wrap=True)
         self._console.print()
+        if len(failed) > 1 and (cause := next((each for each in failed if each.group == "modules"), None)):
+            self._console.print(Text(f"begin with {cause.group}, {cause.name}: most of the others follow from it"))
         if report.shrunk:
             self._console.print(Text(f"on a smaller config: {', '.join(report.shrunk)}"), soft_wrap=True)
         self._console.print(Text(report.summary(), _STYLES["pass" if report.passed else "FAIL"]))

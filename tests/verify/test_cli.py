@@ -89,6 +89,7 @@ def test_a_wrong_one_exits_1_and_is_named_everywhere(
         (["LlamaForCausalLM", "--reference", "no_such_package.Class"], "--reference no_such_package.Class"),
         (["unregistered.json"], "'GPT2LMHeadModel' is not registered"),
         (["LlamaForCausalLM", "--device", "nowhere"], "'nowhere' is not usable here"),
+        (["LlamaForCausalLM", "--mesh", "tp=5"], "tp=5"),
         (["LlamaForCausalLM", "--json", "config.json/report.json"], "config.json"),
     ],
 )

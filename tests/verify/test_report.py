@@ -84,6 +84,13 @@ def test_rows_have_verdict_difference_and_time(target: Target) -> None:
     assert rows[-1] == "NOT verified: 2 passed, 1 failed, 1 not applicable, in 1 s"
 
 
+def test_of_many_failures_the_one_to_begin_with_is_named(target: Target) -> None:
+    follows = Result("end to end", "padding", FAILED.outcome, 0.1)
+    text = table(target, report(PASSED, FAILED, follows), terminal=False)
+    assert text.splitlines()[-3].startswith("begin with modules, positions")
+    assert "begin with" not in table(target, report(PASSED, FAILED), terminal=False)
+
+
 def test_elsewhere_than_on_a_terminal_lines_are_whole_and_plain(target: Target) -> None:
     long = Result("modules", "layers", Outcome(True, "word " * 60 + "end"), 0.1)
     plain, shown = (table(target, report(long), terminal) for terminal in (False, True))

@@ -141,17 +141,17 @@ def real_logits(subject: Subject) -> Outcome:
             truth = logits(real.reference, torch.float32)
         low = real.dtype if small or real.dtype != torch.float32 else torch.bfloat16
         differences = []
-        for dtype in dict.fromkeys((low, torch.float32)):
+        dtypes = {dtype: f"{dtype}".removeprefix("torch.") for dtype in (low, torch.float32)}
+        for dtype, name in dtypes.items():
             unit = torch.finfo(dtype).eps
             if (
                 small or dtype == low
             ):  # else the reference is the truth, and its error as many units as in the low dtype
                 units = max(_rms(logits(real.reference, dtype) - truth) / unit, _rms(truth) / 2)
             error = _rms(logits(real.ours, dtype) - truth)
-            name = f"logits in {dtype}".replace("torch.", "")
-            differences.append(Difference(name, error, LOGITS_MARGIN * units * unit))
+            differences.append(Difference(f"logits in {name}", error, LOGITS_MARGIN * units * unit))
     source = "float64" if small else "the reference in fp32, being too large for float64"
-    return judge(differences, f"{ids.numel()} tokens, in {len(differences)} dtypes, against {source}")
+    return judge(differences, f"{ids.numel()} tokens in {' and '.join(dtypes.values())}, against {source}")
 
 
 def real_greedy_tokens(subject: Subject) -> Outcome:
