@@ -1,4 +1,4 @@
-"""The guides in docs/ run as they stand: YAML blocks become files, commands and Python blocks are executed in order."""
+"""The guides in docs/ run as they stand: blocks that name a file become it, commands and Python are run in order."""
 
 import json
 import re
@@ -18,9 +18,11 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def run_block(language: str, text: str, names: dict[str, object]) -> None:
-    if language == "yaml":
-        first, body = text.split("\n", 1)
+    first, body = text.split("\n", 1)
+    if first.startswith("# file: "):
         Path(first.removeprefix("# file: ")).write_text(body)
+    elif language == "text":
+        return  # what a command printed
     elif language == "json":
         for line in text.splitlines():
             json.loads(line)
@@ -52,6 +54,6 @@ def test_guide(guide: Path, checkpoint: Path, rows: Path, tmp_path: Path, monkey
 def test_readme_shows_commands_that_exist() -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"(?<!\w)automodel (\w+)", text))
-    assert commands == {"quickstart", "train", "generate", "merge", "export", "convert"}
+    assert commands == {"quickstart", "train", "generate", "merge", "export", "convert", "verify"}
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
