@@ -31,6 +31,7 @@ from torch.distributed.checkpoint._hf_utils import (
     _gen_file_name,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.futures import Future as TorchFuture
 
 from nemo_automodel.components.checkpoint.reading import CheckpointError
@@ -84,7 +85,8 @@ class TrainingCheckpoints:
         folder: created at the first save.
         keep_last: how many of the newest to keep; the best one is kept beside them.
         asynchronous: write in the background, from a copy in host memory, while training goes on. One save is under
-            way at a time; `wait` (or the next save) raises what went wrong.
+            way at a time; `wait` (or the next save) raises what went wrong. On a GPU machine the copy's memory is
+            pinned and kept from save to save: the first one waits for the system to give it out, the others do not.
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 2, asynchronous: bool = False):
@@ -95,6 +97,8 @@ class TrainingCheckpoints:
         self._together = Together()
         # of its own: the background's messages must not meet those of the training on the way
         self._group = dist.new_group(backend="gloo") if self._together.size > 1 else None
+        pinned = asynchronous and torch.cuda.is_available()
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=True) if pinned else None
 
     def save(
         self,
@@ -141,7 +145,7 @@ class TrainingCheckpoints:
         options: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
         with _torch_errors(f"{target} cannot be saved"):
             if self.asynchronous:
-                self._pending = cast(Future[Any], dcp.async_save(values, **options))
+                self._pending = cast(Future[Any], dcp.async_save(values, async_stager=self._stager, **options))
             else:
                 dcp.save(values, **options)
         return target
