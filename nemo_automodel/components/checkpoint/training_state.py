@@ -219,10 +219,11 @@ class _Writer(HuggingFaceStorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         files: dict[str, int] = plan.storage_data["fqn_to_index_mapping"]
         for index, items in self._split_by_storage_plan(files, plan.items).items():
-            tensors = {item.index.fqn: planner.resolve_data(item).cpu() for item in items}
-            chunks = {item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets} for item in items}
-            name = _gen_file_name(index, max(files.values()), plan.storage_data["shard_index"])
-            file = Path(self.path) / name
+            tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)).cpu() for item in items}
+            offsets = {item.index.fqn: cast(Any, item.tensor_data).chunk.offsets for item in items}
+            chunks = {name: {"saved_offsets": at} for name, at in offsets.items()}
+            file_name = _gen_file_name(index, max(files.values()), plan.storage_data["shard_index"])
+            file = Path(self.path) / file_name
             metadata = {CUSTOM_METADATA_KEY: json.dumps(chunks), DCP_VERSION_KEY: str(HF_DCP_VERSION)}
             save_file(tensors, file, metadata | {FORMAT_KEY: FORMAT_VALUE})
             sync_path(file)
