@@ -35,6 +35,7 @@ class Subject:
         self._folder = tempfile.TemporaryDirectory(prefix="automodel-verify-")
 
     def __enter__(self) -> Self:
+        assert self.checkpoint.is_dir()  # written now: in the midst of a check's `Exact` it would be in float64
         return self
 
     def __exit__(self, *error: object) -> None:

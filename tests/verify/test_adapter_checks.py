@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen2Config
 
 from nemo_automodel._transformers import registry
@@ -38,6 +40,8 @@ def test_right_adapters_pass(name: str, tmp_path: Path) -> None:
             assert outcome.passed, outcome.detail
         parts = {path.rpartition(".")[2] for path in adapters.draw_targets(subject, subject.reference())}
         assert len(parts) == 7, f"only {parts} are adapted"
+        stored = load_file(subject.checkpoint / "model.safetensors").values()
+        assert {value.dtype for value in stored} == {torch.float32}, "written inside a check's Exact"
 
 
 def swap_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
