@@ -19,6 +19,16 @@ MODEL_ARCH_MAPPING: OrderedDict[str, tuple[Any, ...]] = OrderedDict(
             "Qwen2ForSequenceClassification",
             (f"{_MODELS}.qwen2.model", "Qwen2ForSequenceClassification", {"retrieval"}),
         ),
+        ("Qwen3ForCausalLM", (f"{_MODELS}.qwen3.model", "Qwen3ForCausalLM")),
+        (
+            "Qwen3ForSequenceClassification",
+            (f"{_MODELS}.qwen3.model", "Qwen3ForSequenceClassification", {"retrieval"}),
+        ),
+        ("MistralForCausalLM", (f"{_MODELS}.mistral.model", "MistralForCausalLM")),
+        (
+            "MistralForSequenceClassification",
+            (f"{_MODELS}.mistral.model", "MistralForSequenceClassification", {"retrieval"}),
+        ),
     ]
 )
 """Architecture (as in ``config.json``) -> ``(module_path, class_name)`` or ``(module_path, class_name, tags)``.

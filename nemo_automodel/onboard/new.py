@@ -119,10 +119,8 @@ def read_config(source: str | Path) -> tuple[Path, PreTrainedConfig, dict[str, A
 
 def entries(family: Family, like: Family, name: str) -> list[Entry]:
     """What the shared files of the repository get."""
-    models = "nemo_automodel.components.models"
     return [
         Entry(_REGISTRY, registry_entries(family, name), r"\n( {4}\]\n\))", rf'"{family.reference_class.__name__}"'),
-        Entry(Path("pyproject.toml"), f" | {models}.{name}", rf'"{models}\.llama [^"\n]*(")', rf'{models}\.{name}[ "]'),
         Entry(
             Path("docs/models.md"), docs_row(family, like, name), r"\n\|[^\n]*\|\n((?!\|))", rf"models/{name}/model\.py"
         ),

@@ -193,7 +193,7 @@ def _test(family: Family, values: dict[str, str]) -> str:
         for name in (*ALTERNATIVES, "tie_word_embeddings", "rope_parameters")
         if hasattr(config, name) and getattr(config, name) != getattr(default, name, None)
     }
-    configs = {"as given": given, "changed": given | family.changes}
+    configs = {"as given": given, "changed": family.changes}
     transformers = [values["config"], *(_heads(family)[1:])]
     classifier = ""
     if family.classifies:

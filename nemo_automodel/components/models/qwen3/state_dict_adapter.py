@@ -1,0 +1,9 @@
+"""Qwen3's checkpoints hold the standard separate projections."""
+
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    CombinedProjectionStateDictAdapter,
+)
+
+
+class Qwen3StateDictAdapter(CombinedProjectionStateDictAdapter):
+    """The standard adapter."""
