@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,12 +183,26 @@ def model_class_of(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _own_registry():
+            spec.loader.exec_module(module)
     except Exception as error:
         raise TargetError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, "ModelClass"):
         raise TargetError(f"{path} has no ModelClass: name the causal-LM class so at the end of the file")
     return module.ModelClass
+
+
+@contextmanager
+def _own_registry() -> Iterator[None]:
+    """What a file registers when it is imported is forgotten: it may be imported again, or have been before."""
+    known, registered = dict(registry.MODEL_ARCH_MAPPING), registry.MODEL_ARCH_MAPPING
+    for name in [name for name, (module, *_) in known.items() if not module.startswith("nemo_automodel.")]:
+        del registered[name]
+    try:
+        yield
+    finally:
+        registered.clear()
+        registered.update(known)
 
 
 def _causal() -> list[str]:

@@ -8,14 +8,9 @@ from transformers import LlamaConfig
 
 from nemo_automodel._transformers import registry
 from nemo_automodel.cli import main
+from nemo_automodel.verify import find_target
 
 EXAMPLE = Path(__file__).parents[2] / "examples/hand_written_model.py"
-
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model files register themselves."""
-    monkeypatch.setattr(registry, "MODEL_ARCH_MAPPING", dict(registry.MODEL_ARCH_MAPPING))
 
 
 @pytest.fixture
@@ -72,6 +67,13 @@ def test_a_wrong_one_exits_1_and_is_named_everywhere(
         assert "model.layers.0.self_attn.o_proj (input)" in said
         assert "scale" in said
     assert table.splitlines()[-1].startswith("NOT verified: ")
+
+
+def test_a_file_that_registers_itself_can_be_verified_again(config: str) -> None:
+    before = dict(registry.MODEL_ARCH_MAPPING)
+    for _ in range(2):
+        assert find_target(EXAMPLE, config).model_class.__name__ == "HandWrittenForCausalLM"
+    assert before == registry.MODEL_ARCH_MAPPING
 
 
 @pytest.mark.parametrize(
