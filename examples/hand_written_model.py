@@ -7,7 +7,7 @@ and writes Hugging Face's own names. Inherit transformers' ``GenerationMixin`` a
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -161,9 +161,12 @@ class HandWrittenModel(HandWrittenPreTrainedModel):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
+        use_cache=False,
         return_dict=True,
         **kwargs,
     ):
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
