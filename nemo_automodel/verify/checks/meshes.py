@@ -90,8 +90,8 @@ def parse_mesh(text: str, config: PreTrainedConfig) -> Mesh:
         if sizes.keys() & names:
             raise ValueError(f"--mesh {text}: {axis} comes on top of another one; give fsdp or hsdp, and tp, once")
         sizes |= dict(zip(names, map(int, found.groups()), strict=True))
-    if alone := [name for name, size in sizes.items() if size < 2]:
-        raise ValueError(f"--mesh {text}: {alone[0]} needs two ranks at least")
+    if min(sizes.values()) < 2:
+        raise ValueError(f"--mesh {text}: two ranks at least, along each axis")
     mesh = Mesh(text, **sizes)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for count, what in ((heads, "KV heads"), (config.intermediate_size, "rows of the MLP")):
