@@ -21,7 +21,7 @@ def test_help_answers_in_under_a_second_and_loads_no_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - started < 1.0
-    assert all(command in done.stdout for command in ("train", "quickstart", "generate", "convert"))
+    assert all(command in done.stdout for command in ("train", "quickstart", "generate", "convert", "verify"))
 
 
 def test_train_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
