@@ -104,9 +104,9 @@ SHOWN = _names(
 
 NO_EFFECT = _names(
     "model_type architectures transformers_version torch_dtype dtype _name_or_path auto_map use_cache bos_token_id "
-    "eos_token_id sep_token_id id2label label2id problem_type output_attentions output_hidden_states return_dict "
-    "chunk_size_feed_forward is_encoder_decoder classifier_dropout attn_implementation _attn_implementation "
-    "task_specific_params tokenizer_class unsloth_version unsloth_fixed sliding_window_pattern "
+    "eos_token_id sep_token_id eod_token_id id2label label2id problem_type output_attentions output_hidden_states "
+    "return_dict chunk_size_feed_forward is_encoder_decoder classifier_dropout attn_implementation "
+    "_attn_implementation task_specific_params tokenizer_class unsloth_version unsloth_fixed sliding_window_pattern "
     "_sliding_window_pattern use_sliding_window max_window_layers no_rope_layer_interval"
 )
 """Of no effect on the forward pass of a causal language model, or folded into another field by the config class."""

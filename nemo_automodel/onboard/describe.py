@@ -18,13 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from nemo_automodel.components.models.common.spec import LAYER_TYPES, DecoderSpec, NormSlots
 from nemo_automodel.onboard.config_fields import ALTERNATIVES, NotDense, refuse_if_not_dense, unread
-from nemo_automodel.onboard.observe import FIXED, UNSEEN, Facts, observe
+from nemo_automodel.onboard.observe import EPSILON, FIXED, UNSEEN, Facts, observe
 from nemo_automodel.verify.shrink import shrunk
 
 EVERY_LAYER = "full_attention"
-CLOSE = {"norm_eps": 1e-3}
-"""Slot -> relative error of what was observed: an epsilon beside the mean square, to three digits. Others: as fp32."""
 FP32 = 1e-6
+"""Relative error of a factor that the class keeps in fp32."""
 
 Form = tuple[str, Callable[[PreTrainedConfig], Any]]
 """Code of an expression in ``config``, and what it gives."""
@@ -94,8 +93,9 @@ class Family:
         return found
 
     def _expression(self, slot: str) -> str | None:
-        for code, value in self._forms(slot):
-            if all(_equal(slot, value(each.config), each.facts[slot]) for each in self.observations):
+        seen = [each for each in self.observations if each.facts[slot] != UNSEEN]
+        for code, value in self._forms(slot) if seen else ():
+            if all(_equal(slot, value(each.config), each.facts[slot]) for each in seen):
                 return code
         return None
 
@@ -241,7 +241,7 @@ def _field_forms(slot: str, name: str, observed: list[tuple[PreTrainedConfig, An
 
 def _equal(slot: str, a: Any, b: Any) -> bool:
     if isinstance(a, float | int) and isinstance(b, float) and not isinstance(a, bool):
-        return math.isclose(a, b, rel_tol=CLOSE.get(slot, FP32))
+        return math.isclose(a, b, rel_tol=EPSILON if slot == "norm_eps" else FP32)
     return type(a) is type(b) and a == b
 
 

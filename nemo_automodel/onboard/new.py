@@ -15,7 +15,7 @@ from nemo_automodel.components.models.common.pretrained import fetch
 from nemo_automodel.onboard.config_fields import NotDense, refuse_if_not_dense
 from nemo_automodel.onboard.describe import Family, describe
 from nemo_automodel.onboard.render import docs_row, in_repository, registry_entries, stand_alone
-from nemo_automodel.onboard.words import differences
+from nemo_automodel.onboard.words import account, todo
 from nemo_automodel.onboard.write import Entry, insert, write
 from nemo_automodel.verify import Report, find_target, verify
 from nemo_automodel.verify.table import Table
@@ -70,7 +70,7 @@ def new(
     family = describe(config, fields)
     other = describe(_config_of(like), {})
     say(f"{family.reference_class.__name__}: a dense decoder")
-    say(_table(family, other, like))
+    say(account(family, other))
     if out is None:
         _refuse_registered(family, name)
         files = write(root, in_repository(family, other, name))
@@ -80,13 +80,14 @@ def new(
         files = write(root, stand_alone(family, other, name, file.read_text()))
         model = root / "model.py"
     say("\n".join(["", *(f"  {path:<60} {what}" for path, what in files.items()), ""]))
-    by_hand = family.by_hand() + [f"{path}: {what}" for path, what in files.items() if what.startswith("by hand")]
     report = _verified(model, file, quick)
-    failures = report.failures()
-    left = [*by_hand, *failures]
-    say("\nleft to do by hand: " + ("nothing" if not left else "".join(f"\n  - {line}" for line in left)))
-    if failures:
-        say(f"\nEdit {model}, then: automodel verify {model} --config {file}")
+    left = [*todo(family), *(f"{path}: {what}" for path, what in files.items() if what.startswith("by hand"))]
+    left += _failures(report)
+    say(
+        f"\n{report.summary()}\nleft to do by hand: " + ("nothing" if not left else "".join(f"\n  - {x}" for x in left))
+    )
+    if not report.passed:
+        say(f"edit {model}, then: automodel verify {model} --config {file}")
     return Outcome(family, files, report, left)
 
 
@@ -150,22 +151,17 @@ def _refuse_registered(family: Family, name: str) -> None:
         raise ValueError(f"{architecture} is there already, in {module}: checkpoints of that architecture load as it")
 
 
-def _table(family: Family, other: Family, like: str) -> str:
-    rows = [(slot, code, theirs, f"DecoderSpec.{slot}") for slot, code, theirs in differences(family, other)]
-    rows += [(line.partition(":")[0], line.partition(":")[2].strip(), "", "by hand") for line in family.by_hand()]
-    if not rows:
-        return f"nothing differs from {like}"
-    rows.insert(0, ("what", family.prefix.lower(), like, "covered by"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "".join(f"{cell:<{width}}  " for cell, width in zip(row[:3], widths, strict=True)) + row[3] for row in rows
-    ]
-    return "\n".join(f"  {line}" for line in lines)
-
-
 def _verified(model: Path, config: Path, quick: bool) -> Report:
     target = find_target(model, config)
     with Table(target) as table:
-        report = verify(target, quick=quick, on_start=table.start, on_result=table.add)
-    table.close(report)
-    return report
+        return verify(target, quick=quick, on_start=table.start, on_result=table.add)
+
+
+def _failures(report: Report) -> list[str]:
+    """A line for each thing that is wrong, however many checks it fails."""
+    checks: dict[str, list[str]] = {}
+    for result in report.results:
+        if result.outcome.passed is False:
+            checks.setdefault(result.outcome.detail, []).append(f"{result.group}, {result.name}")
+    more = {detail: f" (and {len(names) - 1} more)" if len(names) > 1 else "" for detail, names in checks.items()}
+    return [f"{names[0]}{more[detail]}: {detail}" for detail, names in checks.items()]

@@ -4,6 +4,7 @@ Nothing is read off names alone: a norm is "before attention" because its output
 scores have a softcap because only that reproduces its output. What no formula here reproduces is a fact as well.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -39,6 +40,9 @@ FIXED: dict[str, Any] = {
     "after the head": "a factor at most",
 }
 """What the common decoder has no slot for, and its only value there. Anything else has to be written by hand."""
+
+EPSILON = 1e-3
+"""Relative error of an observed epsilon, which stands beside a mean square."""
 
 ATTENTION = ("RoPE", "softcap of the scores", "qk_norm", "attention_scale", "layer_types")
 UNSEEN = "not seen, since the attention is not understood"
@@ -76,6 +80,8 @@ class _Reading:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules())
         self.weights = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.layers = [f"model.layers.{i}" for i in range(self.config.num_hidden_layers)]
+        if self.layers[0] not in self.modules:
+            raise ValueError(f"it has no {self.layers[0]}")
 
     def at(self, module: str, side: str) -> Tensor | None:
         return self.points.get(Point(module, side))
@@ -182,6 +188,8 @@ class _Reading:
         unseen = facts | dict.fromkeys(ATTENTION, UNSEEN)
         if any(self.at(f"{self.layers[0]}.self_attn.{name}_proj", "output") is None for name in "qkv"):
             return unseen | {"attention": UNREAD}
+        if not all(self._untouched(f"{self.layers[0]}.self_attn.{name}_proj") for name in "qkv"):
+            return unseen | {"attention": "queries, keys or values are changed in place (clipped?)"}
         known: list[Scores] = []
         for layer in self.layers:
             found = attention_of(self.model, self.points, f"{layer}.self_attn") if wanted else None
@@ -196,11 +204,22 @@ class _Reading:
         return facts | {
             "attention": FIXED["attention"] if standard else "heads grouped in strides",
             "RoPE": FIXED["RoPE"] if ropes == ["half-split"] else ", ".join(ropes),
-            "softcap of the scores": one.softcap,
+            "softcap of the scores": self._named(one.softcap),
             "attention_scale": None if one.scale == _head_dim(self.config) ** -0.5 else one.scale,
             "layer_types": tuple(windows.get(each.mask, each.mask) for each in known),
             "qk_norm": self._qk_norm(one.norm),
         }
+
+    def _untouched(self, linear: str) -> bool:
+        """Whether the output of a projection still was what it had computed when the pass was over."""
+        module, into = self.modules[linear], self.at(linear, "input")
+        return into is not None and _same(self.at(linear, "output"), module(into))
+
+    def _named(self, value: float | None) -> str | None:
+        """The config's field of that value."""
+        if value is None:
+            return None
+        return next((f"config.{name}" for name, number in _numbers(self.config) if number == value), str(value))
 
     def _qk_norm(self, place: str) -> str | None:
         shape = self.weights.get(f"{self.layers[0]}.self_attn.q_norm.weight")
@@ -222,7 +241,7 @@ class _Reading:
     def norm_formula(self) -> Facts:
         """What the norms multiply by and whether they centre; of all norms in the model."""
         kinds: dict[str, None] = {}
-        epsilons: dict[float, None] = {}
+        epsilons: list[float] = []
         for name, module in self.modules.items():
             if not _is_norm(name, module):
                 continue
@@ -235,10 +254,11 @@ class _Reading:
             elif weight.shape != into.shape[-1:] or (found := norm_of(out, into, weight, bias)) is None:
                 kinds["something that no formula tried here reproduces"] = None
             else:
-                epsilons[found["eps"]] = None
+                if not any(math.isclose(found["eps"], each, rel_tol=EPSILON) for each in epsilons):
+                    epsilons.append(found["eps"])
                 centred = "LayerNorm" if found["mean"] == "subtracted" else "RMS"
                 kinds[f"{centred}, times {found['gain']}" + ", with a bias" * (found["bias"] != "no bias")] = None
-        eps = next(iter(epsilons)) if len(epsilons) == 1 else " and ".join(map(str, epsilons)) or UNREAD
+        eps = epsilons[0] if len(epsilons) == 1 else " and ".join(map(str, epsilons)) or UNREAD
         return {"norm": " and ".join(kinds) or UNREAD, "norm_eps": eps}
 
     def mlp(self) -> str:
@@ -250,12 +270,12 @@ class _Reading:
         )
         if goal is None or up is None:
             return UNREAD
-        name = getattr(self.config, "hidden_act", None)
-        if name not in ACT2FN:
-            return f"its activation is not in config.hidden_act ({name})"
-        act = ACT2FN[name]
-        own = act(up) if gate is None else act(gate) * up
-        return FIXED["MLP"] if _same(goal, own) else f"something else than config.hidden_act={name} makes"
+        for name, value in vars(self.config).items():
+            if isinstance(value, str) and value in ACT2FN:
+                act = ACT2FN[value]
+                if _same(goal, act(up) if gate is None else act(gate) * up):
+                    return FIXED["MLP"] if name == "hidden_act" else f"the activation is in config.{name}"
+        return "something that no activation named in the config gives"
 
 
 def _is_norm(path: str, module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """A family's files, from the texts in ``templates/``: in the repository's style, formatted as ruff would."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -12,7 +13,7 @@ from typing import Any
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.onboard.config_fields import ALTERNATIVES
 from nemo_automodel.onboard.describe import Family
-from nemo_automodel.onboard.words import differences, sentence
+from nemo_automodel.onboard.words import differences, sentence, todo
 
 LINE = 120
 _MODELS = "nemo_automodel.components.models"
@@ -67,7 +68,7 @@ def stand_alone(family: Family, like: Family, name: str, config: str) -> dict[Pa
     imports = [*sorted([*_imports(family), adapter, registry]), imported("transformers", [values["config"]])]
     registered = [f'registry.register("{head}", {head}, exist_ok=True)' for head in _heads(family)]
     rows = [f"| {slot}: {other} | {code} |" for slot, code, other in differences(family, like)]
-    todo = [f"- {line}" for line in family.by_hand()]
+    left = [f"- {line}" for line in todo(family)]
     return {
         Path("model.py"): _fill(
             "model.py",
@@ -78,7 +79,7 @@ def stand_alone(family: Family, like: Family, name: str, config: str) -> dict[Pa
         Path("config.json"): config,
         Path("test_model.py"): _fill("standalone_test.py", values),
         Path("README.md"): _fill(
-            "standalone_readme.md", values, rows="\n".join(rows) or "| nothing | |", todo="\n".join(todo) or "nothing."
+            "standalone_readme.md", values, rows="\n".join(rows) or "| nothing | |", todo="\n".join(left) or "nothing."
         ),
     }
 
@@ -115,9 +116,7 @@ def _values(family: Family, like: Family, name: str) -> dict[str, str]:
         "config": type(family.config).__name__,
         "title": title,
         "spec": "\n".join(f"        {line}" for line in _spec(family)),
-        "by_hand": "".join(
-            f"    # by hand: {line}\n" for item in family.by_hand() for line in textwrap.wrap(item, 104)
-        ),
+        "by_hand": "".join(f"    # by hand: {line}\n" for item in todo(family) for line in textwrap.wrap(item, 104)),
         "classifier": _fill("classifier.py", {"prefix": prefix}) if family.classifies else "",
         "stored": _stored(family),
         "adapter_body": "" if _code(family)["mlp"] != "PlainMLP" else "\n    fuses_gate_up = False\n",
@@ -155,14 +154,18 @@ def _spec(family: Family) -> Iterator[str]:
 
 
 def _argument(slot: str, code: str) -> Iterator[str]:
-    """``slot=code,``, a call that is too long over several lines."""
-    call, bracket, arguments = code.removesuffix(")").partition("(")
-    if len(f"            {slot}={code},") <= LINE or not (bracket and call.isidentifier()):
+    """``slot=code,``, over several lines where it is too long for one."""
+    call, _, arguments = code.removesuffix(")").partition("(")
+    if len(f"            {slot}={code},") <= LINE:
         yield f"    {slot}={code},"
-        return
-    yield f"    {slot}={call}("
-    yield from (f"        {argument}," for argument in arguments.split(", "))
-    yield "    ),"
+    elif " else " in code:
+        first, *others = re.split(" (?=if |else )", code)
+        yield f"    {slot}={first}"
+        yield from (f"    {other}{',' if other is others[-1] else ''}" for other in others)
+    else:
+        yield f"    {slot}={call}("
+        yield from (f"        {argument}," for argument in arguments.split(", "))
+        yield "    ),"
 
 
 def _imports(family: Family) -> list[str]:
@@ -220,7 +223,7 @@ def _dictionary(name: str, values: dict[str, Any]) -> Iterator[str]:
 def _literal(value: Any) -> str:
     """Python code, strings in double quotes."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in sorted(value.items())) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return json.dumps(value) if isinstance(value, str) else repr(value)

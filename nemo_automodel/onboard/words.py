@@ -1,4 +1,4 @@
-"""A family's differences from another one, as a table and in a sentence."""
+"""A family's differences from another one: as a table, in a sentence, and where the rest is to be written."""
 
 from nemo_automodel.onboard.describe import Family
 
@@ -34,6 +34,23 @@ _PLACES = {
     "after_mlp": "after the MLP",
 }
 
+WHERE = {
+    "tensors": "from_hf and to_hf of the state-dict adapter (docs/write-a-model.md)",
+    "norm": "a norm beside RMSNorm in common/norm.py, and a slot for it",
+    "MLP": "an MLP of your own, for the slot mlp",
+    "MLP bias": "an MLP of your own, for the slot mlp",
+    "attention": "an attention of your own (examples/hand_written_model.py)",
+    "softcap of the scores": "a slot, read by common/attention.py",
+    "RoPE": "rope_utils.py, and a slot read by common/attention.py",
+    "RoPE channels": "rope_utils.py, and a slot read by common/decoder.py",
+    "RoPE tables": "rope_utils.py, and a slot read by common/decoder.py",
+    "residual stream": "a slot, read by DecoderLayer",
+    "between embedding and first layer": "forward of a DecoderModel of your own",
+    "between last layer and head": "forward of a DecoderModel of your own",
+    "after the head": "forward of the causal-LM class",
+}
+"""What no slot covers -> where to write it."""
+
 
 def differences(family: Family, like: Family) -> list[tuple[str, str, str]]:
     """What differs, as (slot, this family's code, the other one's)."""
@@ -53,3 +70,23 @@ def sentence(family: Family, like: Family) -> str:
             _SAID_WITH_CODE.get(slot, slot + " {}").format(code.replace("config.", "")) if words is None else words
         )
     return "; ".join(dict.fromkeys(filter(None, said)))
+
+
+def todo(family: Family) -> list[str]:
+    """What is to be written by hand, each with its place."""
+    lines = []
+    for line in family.by_hand():
+        place = WHERE.get(line.partition(": ")[0])
+        lines.append(f"{line} -> {place}" if place else line)
+    return lines
+
+
+def account(family: Family, like: Family) -> str:
+    """What differs, both codes, and what covers it, for the terminal."""
+    covered = [
+        f"  {slot:<22} {code}   ({like.prefix}: {other})" for slot, code, other in differences(family, like)
+    ] or ["  nothing"]
+    lines = [f"differs from {like.prefix}, covered by a slot of DecoderSpec", *covered]
+    if by_hand := todo(family):
+        lines += ["not covered", *(f"  {line}" for line in by_hand)]
+    return "\n".join(lines)

@@ -320,8 +320,8 @@ _NORM_NAMES = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
 def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     """Per head or, where the weight is as wide as all heads together, over all of them; ``x`` ``[B, H, S, D]``."""
     assert norm is not None
-    weight = norm.weight
-    if weight.shape[-1] == x.shape[-1]:  # type: ignore[union-attr,index]
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.shape[-1] == x.shape[-1]:
         return norm(x.transpose(1, 2)).transpose(1, 2)
     return norm(x.transpose(1, 2).flatten(2)).unflatten(-1, (-1, x.shape[-1])).transpose(1, 2)
 

@@ -32,5 +32,6 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_classifier() -> None:
-    theirs, ours = twins(Qwen3ForSequenceClassification, tiny(Qwen3Config, num_labels=3, pad_token_id=0))
+    config = tiny(Qwen3Config, num_labels=3, pad_token_id=0)
+    theirs, ours = twins(Qwen3ForSequenceClassification, config)
     assert_near(ours(tokens(2, 9)).logits, theirs(tokens(2, 9)).logits)
