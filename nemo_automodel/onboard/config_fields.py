@@ -31,10 +31,16 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-READ = _names(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act attention_dropout max_position_embeddings tie_word_embeddings pad_token_id initializer_range "
-    "num_labels rope_parameters rope_theta rope_scaling original_max_position_embeddings layer_types"
+NEEDED = _names(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "attention_dropout max_position_embeddings tie_word_embeddings pad_token_id rope_parameters"
+)
+"""What the common decoder reads from every config."""
+
+READ = (
+    *NEEDED,
+    *_names("head_dim hidden_act initializer_range num_labels layer_types rope_theta rope_scaling"),
+    "original_max_position_embeddings",
 )
 """Read by the common decoder, its heads and its `RotaryEmbedding`, under these names."""
 

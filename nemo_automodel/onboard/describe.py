@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nemo_automodel.components.models.common.spec import LAYER_TYPES, DecoderSpec, NormSlots
-from nemo_automodel.onboard.config_fields import ALTERNATIVES, NotDense, refuse_if_not_dense, unread
+from nemo_automodel.onboard.config_fields import ALTERNATIVES, NEEDED, NotDense, refuse_if_not_dense, unread
 from nemo_automodel.onboard.observe import EPSILON, FIXED, UNSEEN, Facts, observe
 from nemo_automodel.verify.shrink import shrunk
 
@@ -115,15 +115,16 @@ class Family:
         lines = []
         for slot, code in self.slots.items():
             if code is None and (value := given.facts[slot]) != UNSEEN:
-                more = (
-                    "" if isinstance(value, str) else " with this config, but no expression of it fits when it changes"
+                lines.append(
+                    f"{slot}: {value}" + " now, but by no expression of the config" * (not isinstance(value, str))
                 )
-                lines.append(f"{slot}: {value}{more}")
         for name, plain in FIXED.items():
             if given.facts[name] not in (plain, UNSEEN):
                 lines.append(f"{name}: {given.facts[name]}")
             elif other := next((each for each in others if each.facts[name] not in (plain, UNSEEN)), None):
                 lines.append(f"{name}: {other.facts[name]} (with {other})")
+        absent = [name for name in NEEDED if not hasattr(self.config, name)]
+        lines += [f"{name}: not in the config, and read by the common decoder" for name in absent]
         source = inspect.getsource(inspect.getmodule(self.reference_class))  # type: ignore[arg-type]
         return [*lines, *unread(self.fields, source), *self.untried]
 
@@ -228,14 +229,8 @@ def _field_forms(slot: str, name: str, observed: list[tuple[PreTrainedConfig, An
     yield f"not {field}", lambda config: not getattr(config, name)
     for code, exponent in ((f"1 / {field}", -1.0), (f"{field}**0.5", 0.5), (f"{field}**-0.5", -0.5)):
         yield code, power(exponent)
-    on, off = ([fact for config, fact in observed if bool(getattr(config, name)) is state] for state in (True, False))
-    if (
-        on
-        and off
-        and isinstance(getattr(observed[0][0], name), bool)
-        and _is_value(slot, on[0])
-        and _is_value(slot, off[0])
-    ):
+    on, off = ([fact for config, fact in observed if getattr(config, name) is state] for state in (True, False))
+    if on and off and _is_value(slot, on[0]) and _is_value(slot, off[0]):
         yield f"{_code(on[0])} if {field} else {_code(off[0])}", lambda c: on[0] if getattr(c, name) else off[0]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of
 from nemo_automodel.components.models.common.spec import NormSlots
 from nemo_automodel.verify.diagnosis import Scores, attention_of, norm_of, same
 from nemo_automodel.verify.exact import Exact
@@ -108,14 +109,14 @@ class _Reading:
         mlp_biases = {has(f"mlp.{name}_proj.bias") for name in ("up", "down")}
         mlp_bias = bool(getattr(self.config, "mlp_bias", False))
         in_slots = {f"{layer}.{name}.weight" for name in norms.names() for layer in self.layers}
-        strangers = [k for k in self.weights if not _STANDARD.fullmatch(k) and k not in in_slots]
+        unknown = [k for k in self.weights if not _STANDARD.fullmatch(k) and k not in in_slots]
+        tensors = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", key) for key in unknown))
         return {
             "qkv_bias": biases == {True} if len(biases) == 1 else "on some of the three",
             "o_bias": has("self_attn.o_proj.bias"),
             "mlp": "PlainMLP" if has("mlp.up_proj.weight") and not has("mlp.gate_proj.weight") else "CombinedGateUpMLP",
             "MLP bias": FIXED["MLP bias"] if mlp_biases == {mlp_bias} else " and ".join(map(str, sorted(mlp_biases))),
-            "tensors": ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", key) for key in strangers))
-            or FIXED["tensors"],
+            "tensors": tensors or FIXED["tensors"],
         }
 
     def norms(self, layer: str) -> NormSlots:
@@ -197,15 +198,17 @@ class _Reading:
                 return unseen | {"attention": "something that no formula tried here reproduces"}
             known.append(found)
         one = known[0]
-        standard = all(each.groups == "neighbours" for each in known)
+        standard = {(each.groups, each.values, each.scale, each.softcap, each.norm) for each in known}
         window = f"window of {getattr(self.config, 'sliding_window', None)}"
         windows = {"causal": "full_attention", window: "sliding_attention"}
         ropes = list(dict.fromkeys(each.rope for each in known))
         return facts | {
-            "attention": FIXED["attention"] if standard else "heads grouped in strides",
+            "attention": FIXED["attention"]
+            if standard == {("neighbours", "its own", one.scale, one.softcap, one.norm)}
+            else f"{one.groups} grouped, values {one.values}, or not the same in every layer",
             "RoPE": FIXED["RoPE"] if ropes == ["half-split"] else ", ".join(ropes),
             "softcap of the scores": self._named(one.softcap),
-            "attention_scale": None if one.scale == _head_dim(self.config) ** -0.5 else one.scale,
+            "attention_scale": None if one.scale == head_dim_of(self.config) ** -0.5 else one.scale,
             "layer_types": tuple(windows.get(each.mask, each.mask) for each in known),
             "qk_norm": self._qk_norm(one.norm),
         }
@@ -227,16 +230,14 @@ class _Reading:
             return None
         if place != "before RoPE" or shape is None or len(shape) != 1:
             return place
-        return "head" if shape[0] == _head_dim(self.config) else "full"
+        return "head" if shape[0] == head_dim_of(self.config) else "full"
 
     def _rope_shape(self) -> tuple[str, str]:
-        cos = self.at("model.rotary_emb", "cos")
-        share = "none" if cos is None else f"{cos.shape[-1]} of {_head_dim(self.config)}"
+        cos, width = self.at("model.rotary_emb", "cos"), head_dim_of(self.config)
+        turning = 0 if cos is None else cos.shape[-1]
         nested = any(isinstance(v, dict) for v in (getattr(self.config, "rope_parameters", None) or {}).values())
-        return (
-            FIXED["RoPE channels"] if cos is not None and cos.shape[-1] == _head_dim(self.config) else share,
-            "one for each layer type" if nested else FIXED["RoPE tables"],
-        )
+        channels = FIXED["RoPE channels"] if turning == width else f"{turning} of {width}"
+        return channels, "one for each layer type" if nested else FIXED["RoPE tables"]
 
     def norm_formula(self) -> Facts:
         """What the norms multiply by and whether they centre; of all norms in the model."""
@@ -297,7 +298,3 @@ def _factor(a: Tensor | None, b: Tensor | None) -> float | None:
 
 def _numbers(config: PreTrainedConfig) -> Iterable[tuple[str, float]]:
     return ((k, float(v)) for k, v in vars(config).items() if isinstance(v, int | float) and v and v is not True)
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

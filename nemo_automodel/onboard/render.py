@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -13,6 +14,7 @@ from typing import Any
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.onboard.config_fields import ALTERNATIVES
 from nemo_automodel.onboard.describe import Family
+from nemo_automodel.onboard.observe import FIXED, UNSEEN
 from nemo_automodel.onboard.words import differences, sentence, todo
 
 LINE = 120
@@ -55,6 +57,7 @@ def in_repository(family: Family, like: Family, name: str) -> dict[Path, str]:
         folder / "__init__.py": init,
         folder / "model.py": _fill("model.py", values, imports="\n".join(imports), register=""),
         folder / "state_dict_adapter.py": adapter_file,
+        **{folder / file: text for file, text in _rope_utils(family).items()},
         Path("tests/components/models") / f"test_{name}.py": _test(family, values),
         Path("examples") / f"{name}.yaml": _fill("recipe.yaml", values),
     }
@@ -76,6 +79,7 @@ def stand_alone(family: Family, like: Family, name: str, config: str) -> dict[Pa
             imports="\n".join(imports) + f"\n\n\n{_adapter(values)}".rstrip(),
             register="\n".join(registered),
         ),
+        **{Path(file): text for file, text in _rope_utils(family).items()},
         Path("config.json"): config,
         Path("test_model.py"): _fill("standalone_test.py", values),
         Path("README.md"): _fill(
@@ -187,6 +191,18 @@ def imported(module: str, names: Iterable[str], *, wrap: bool = False) -> str:
     if len(line) <= LINE and not wrap:
         return line
     return f"from {module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
+
+
+def _rope_utils(family: Family) -> dict[str, str]:
+    """A file to start from, where RoPE differs from the common decoder's."""
+    facts = {each.facts[name] for each in family.observations for name in FIXED if name.startswith("RoPE")}
+    if facts <= {*FIXED.values(), UNSEEN}:
+        return {}
+    module = family.reference_class.__module__
+    found = vars(sys.modules[module])
+    names = sorted(name for name in found if name.endswith("RotaryEmbedding") or name == "apply_rotary_pos_emb")
+    values = {"prefix": family.prefix, "imports": imported(module, names), "names": ", ".join(map(_literal, names))}
+    return {"rope_utils.py": _fill("rope_utils.py", values)}
 
 
 def _test(family: Family, values: dict[str, str]) -> str:

@@ -110,6 +110,7 @@ COVERED: dict[str, dict[str, str]] = {
         'after_mlp="post_feedforward_layernorm")',
     },
     "arcee": {"mlp": "PlainMLP"},
+    "gemma": {"embedding_multiplier": "config.hidden_size**0.5"},
     "seed_oss": {"o_bias": "config.attention_out_bias"},
     "cwm": {
         "layer_types": "tuple(config.layer_types)",
@@ -144,7 +145,7 @@ NOT_COVERED = {
     "glm": {"tensors: model.layers.*.mlp.gate_up_proj.weight", "RoPE: interleaved", "RoPE channels: 8 of 16"},
     "cohere": {"norm: LayerNorm, times the weight", "residual stream: attention and MLP side by side"},
     "smollm3": {"RoPE: half-split, on no head"},
-    "ernie4_5": {"RoPE: interleaved"},
+    "ernie4_5": {"RoPE: interleaved", "attention_dropout: not in the config, and read by the common decoder"},
     "seed_oss": {"residual_dropout = 0.1: the common decoder knows 0.0 only"},
     "olmo": {
         "norm: without a weight",
@@ -165,6 +166,16 @@ def test_what_no_slot_covers_is_listed(model_type: str) -> None:
     compile(text, model_type, "exec")
     assert all(f"# by hand: {line[:60]}" in text for line in NOT_COVERED[model_type])
     assert all(line in account(found, family("llama")) for line in NOT_COVERED[model_type])
+
+
+def test_rope_that_differs_comes_with_the_reference_to_start_from() -> None:
+    for model_type, there in {"glm": True, "gemma3_text": True, "gemma2": False, "llama": False}.items():
+        files = {path.name: text for path, text in stand_alone(family(model_type), family("llama"), "x", "").items()}
+        assert ("rope_utils.py" in files) is there
+        if there:
+            names: dict[str, Any] = {}
+            exec(files["rope_utils.py"], names)
+            assert names["__all__"] == [f"{family(model_type).prefix}RotaryEmbedding", "apply_rotary_pos_emb"]
 
 
 def test_differences_in_words() -> None:
