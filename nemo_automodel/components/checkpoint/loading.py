@@ -5,12 +5,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from nemo_automodel.components.checkpoint.reading import CheckpointError, TensorReader
+from nemo_automodel.components.checkpoint.reading import CheckpointError, Scratch, TensorReader
 from nemo_automodel.components.checkpoint.shards import Region, empty_local, with_local
 from nemo_automodel.components.layout import Layout, PartKey, RowRun
 
@@ -65,13 +64,14 @@ def load_parameters(
         name: empty_local(own[name], dtype if own[name].is_floating_point() else own[name].dtype, device)
         for name in dict.fromkeys(place.own for place in plan.values())
     }
+    scratch = Scratch()
     with ThreadPoolExecutor(READERS) as pool:
         pieces = (
             piece
             for key, place in plan.items()
             for piece in _pieces(key, place, shards[place.own], Region.of(own[place.own]), reader)
         )
-        for _ in pool.map(lambda piece: piece.read(reader), pieces):
+        for _ in pool.map(lambda piece: piece.read(reader, scratch), pieces):
             pass  # the first error ends it
     for name, shard in shards.items():
         assign(model, name, with_local(own[name], shard))
@@ -95,27 +95,27 @@ class _Piece:
 
     Attributes:
         target: ``[..., columns]``, rows in the order of the file.
-        start: the first element of the first row, counted in the whole tensor.
-        stride: elements from one row's start to the next's in the file; 0 when the rows lie together.
+        start: the first element to read, counted in the whole tensor.
+        row: elements of a whole row in the file, where the target's are some of its columns; else 0.
+        column: the first of those columns.
     """
 
     key: str
     target: Tensor
     start: int
-    stride: int
+    row: int
+    column: int
 
-    def read(self, reader: TensorReader) -> None:
-        if not self.stride:
+    def read(self, reader: TensorReader, scratch: Scratch) -> None:
+        if not self.row:
             reader.read_into(self.target, self.key, self.start)
             return
-        dtype = reader.dtype(self.key)
-        in_place = self.target.device.type == "cpu" and self.target.dtype == dtype
-        rows = self.target if in_place else torch.empty(self.target.shape, dtype=dtype)
-        # not flatten(): a strided view would be copied, and the copy filled
-        for i, row in enumerate(chain.from_iterable(rows) if rows.ndim > 2 else rows):
-            reader.read_into(row, self.key, self.start + i * self.stride)
-        if not in_place:
-            self.target.copy_(rows)
+        # whole rows, in one call: a call per row costs more than the other ranks' columns, which share their pages
+        count = self.target.shape[:-1].numel()
+        rows = scratch.take(count * self.row, reader.dtype(self.key)).view(count, self.row)
+        reader.read_into(rows, self.key, self.start)
+        columns = rows[:, self.column : self.column + self.target.shape[-1]]
+        self.target.copy_(columns.view(self.target.shape))
 
 
 def _pieces(key: str, place: PartKey, shard: Tensor, region: Region, reader: TensorReader) -> Iterator[_Piece]:
@@ -123,17 +123,15 @@ def _pieces(key: str, place: PartKey, shard: Tensor, region: Region, reader: Ten
     if not shard.numel():
         return
     shape, itemsize = reader.shape(key), reader.dtype(key).itemsize
-    columns = math.prod(shape[1:])  # of a whole row, in the file
+    row = math.prod(shape[1:])
     cut = region.shape[1:] != shape[1:]
     if cut and len(shape) != 2:
         raise NotImplementedError(f"{key}: {len(shape)} dims, sharded along another than the first")
     for run, view in _runs(place, shard, region):
-        block = view.shape[1:].numel()  # elements that lie together in the parameter, and in the file unless cut
-        step = max(1, PIECE // (block * itemsize))
+        step = max(1, PIECE // (run.rows * row * itemsize))  # blocks of rows
         for first in range(0, view.shape[0], step):
-            target = view[first : first + step]
-            start = (run.hf + first * run.rows) * columns + (region.offset[1] if cut else 0)
-            yield _Piece(key, target, start, columns if cut else 0)
+            start = (run.hf + first * run.rows) * row
+            yield _Piece(key, view[first : first + step], start, row if cut else 0, region.offset[1] if cut else 0)
 
 
 def _runs(place: PartKey, shard: Tensor, region: Region) -> Iterator[tuple[RowRun, Tensor]]:

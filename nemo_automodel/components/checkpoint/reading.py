@@ -100,6 +100,18 @@ class _Stored:
     offset: int
 
 
+class Scratch(threading.local):
+    """Memory of each thread, kept: the allocator would ask the system for it again at every read."""
+
+    _held: Tensor | None = None
+
+    def take(self, size: int, dtype: torch.dtype) -> Tensor:
+        """``[size]``, not filled, valid until the thread takes some again."""
+        if self._held is None or self._held.nbytes < size * dtype.itemsize:
+            self._held = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
+        return self._held[: size * dtype.itemsize].view(dtype)
+
+
 class SafetensorsReader(TensorReader):
     """Names, shapes, dtypes and values of the tensors in a checkpoint folder or a single ``.safetensors`` file.
 
@@ -124,7 +136,7 @@ class SafetensorsReader(TensorReader):
         self.path = Path(path)
         self.check_finite = check_finite
         self._descriptors: dict[Path, int] = {}
-        self._local = threading.local()
+        self._scratch = Scratch()
         weakref.finalize(self, _close, self._descriptors)
         if os.path.isfile(self.path):
             self._stored = self._open(self.path)
@@ -176,7 +188,7 @@ class SafetensorsReader(TensorReader):
         stored, dtype = self._stored[key], self.dtype(key)
         check_range(target, key, start, stored.shape)
         in_place = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
-        buffer = target.detach() if in_place else self._buffer(target.numel(), dtype).view(target.shape)
+        buffer = target.detach() if in_place else self._scratch.take(target.numel(), dtype).view(target.shape)
         rest = buffer.view(-1).view(torch.uint8).numpy().data
         offset = stored.offset + start * dtype.itemsize
         while rest:
@@ -191,13 +203,6 @@ class SafetensorsReader(TensorReader):
             refuse_non_finite(buffer, stored.file, key, start)
         if not in_place:
             target.copy_(buffer)
-
-    def _buffer(self, size: int, dtype: torch.dtype) -> Tensor:
-        """Memory of this thread, kept: the allocator would ask the system for it again at every read."""
-        held = getattr(self._local, "buffer", None)
-        if held is None or held.nbytes < size * dtype.itemsize:
-            held = self._local.buffer = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
-        return held[: size * dtype.itemsize].view(dtype)
 
     def _open(self, file: Path) -> dict[str, _Stored]:
         descriptor = self._descriptors[file] = _open_regular(file)
