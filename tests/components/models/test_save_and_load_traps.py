@@ -99,7 +99,8 @@ class TestTransformersOwnClass:
     """An architecture that is not registered keeps the same promises."""
 
     @pytest.fixture
-    def mistral(self, tmp_path: Path) -> Path:
+    def mistral(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.delitem(registry.MODEL_ARCH_MAPPING, "MistralForCausalLM")
         config = tiny(MistralConfig, sliding_window=None)
         randomize(MistralForCausalLM(config)).save_pretrained(tmp_path / "mistral")
         return tmp_path / "mistral"
