@@ -74,21 +74,27 @@ def new(
     if out is None:
         _refuse_registered(family, name)
         files = write(root, in_repository(family, other, name))
-        files |= {str(entry.path): insert(root, entry) for entry in entries(family, other, name)}
         model = root / "nemo_automodel/components/models" / name / "model.py"
     else:
         files = write(root, stand_alone(family, other, name, file.read_text()))
         model = root / "model.py"
-    say("\n".join(["", *(f"  {path:<60} {what}" for path, what in files.items()), ""]))
+    say(f"\n{_listed(files)}\n")
     report = _verified(model, file, quick)
-    left = [*todo(family), *(f"{path}: {what}" for path, what in files.items() if what.startswith("by hand"))]
-    left += _failures(report)
-    say(
-        f"\n{report.summary()}\nleft to do by hand: " + ("nothing" if not left else "".join(f"\n  - {x}" for x in left))
-    )
+    shared = {}
+    if out is None:
+        # an implementation that is wrong must not take the place of transformers' class
+        shared = {
+            str(entry.path): insert(root, entry) if report.passed else "by hand: run this again once it verifies"
+            for entry in entries(family, other, name)
+        }
+        say(f"\n{_listed(shared)}")
+    left = [*todo(family), *_failures(report)]
+    left += [f"{path}: {what}" for path, what in shared.items() if what.startswith("by hand")]
+    items = "".join(f"\n  - {line}" for line in left) or "nothing"
+    say(f"\n{report.summary()}\nleft to do by hand: {items}")
     if not report.passed:
         say(f"edit {model}, then: automodel verify {model} --config {file}")
-    return Outcome(family, files, report, left)
+    return Outcome(family, files | shared, report, left)
 
 
 def read_config(source: str | Path) -> tuple[Path, PreTrainedConfig, dict[str, Any]]:
@@ -149,6 +155,10 @@ def _refuse_registered(family: Family, name: str) -> None:
     module = registry.MODEL_ARCH_MAPPING.get(architecture, (None,))[0]
     if module not in (None, f"nemo_automodel.components.models.{name}.model"):
         raise ValueError(f"{architecture} is there already, in {module}: checkpoints of that architecture load as it")
+
+
+def _listed(files: dict[str, str]) -> str:
+    return "\n".join(f"  {path:<60} {what}" for path, what in files.items())
 
 
 def _verified(model: Path, config: Path, quick: bool) -> Report:

@@ -66,12 +66,17 @@ def in_repository(family: Family, like: Family, name: str) -> dict[Path, str]:
 def stand_alone(family: Family, like: Family, name: str, config: str) -> dict[Path, str]:
     """The files of a folder that needs the installed library only; ``config`` is the text of its ``config.json``."""
     values = _values(family, like, name)
+    left = [f"- {line}" for line in todo(family)]
     registry = imported("nemo_automodel._transformers", ["registry"])
     adapter = imported(_ADAPTER, [_ADAPTER_CLASS], wrap=True)
-    imports = [*sorted([*_imports(family), adapter, registry]), imported("transformers", [values["config"]])]
     registered = [f'registry.register("{head}", {head}, exist_ok=True)' for head in _heads(family)]
+    first_party = [*_imports(family), adapter]
+    if left:  # an implementation that is wrong must not take the place of transformers' class
+        registered = ["# once it verifies:", *(f"# {line}" for line in (registry, *registered))]
+    else:
+        first_party.append(registry)
+    imports = [*sorted(first_party), imported("transformers", [values["config"]])]
     rows = [f"| {slot}: {other} | {code} |" for slot, code, other in differences(family, like)]
-    left = [f"- {line}" for line in todo(family)]
     return {
         Path("model.py"): _fill(
             "model.py",

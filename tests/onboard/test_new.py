@@ -297,3 +297,36 @@ def test_writing_leaves_what_differs(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("# mine")
     assert write(tmp_path, files)["model.py"].startswith("kept: edited")
     assert (tmp_path / "model.py").read_text() == "# mine"
+
+
+def test_the_registry_gets_an_implementation_once_it_verifies(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    added = entries(family("qwen3"), family("llama"), "qwen3")
+    before = {tmp_path / "checkout" / e.path: (ROOT / e.path).read_text().replace(e.text, "") for e in added}
+    for file, text in before.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.setattr("nemo_automodel.onboard.new._repository", lambda: tmp_path / "checkout")
+    words = ["new", "qwen3", "--from", str(tiny_qwen3), "--quick"]
+    write(tmp_path / "checkout", in_repository(family("qwen3"), family("llama"), "qwen3"))
+    model = tmp_path / "checkout/nemo_automodel/components/models/qwen3/model.py"
+    right = model.read_text()
+
+    model.write_text(right.replace("qkv_bias=config.attention_bias", "qkv_bias=True"))
+    assert main(words) == 1
+    assert {file: file.read_text() for file in before} == before
+    assert "registry.py: by hand: run this again once it verifies" in capsys.readouterr().out
+    model.write_text(right)
+    assert main(words) == 0
+    assert all(entry.text in (tmp_path / "checkout" / entry.path).read_text() for entry in added)
+
+
+def test_a_folder_that_is_not_finished_registers_nothing() -> None:
+    unfinished = stand_alone(family("gemma"), family("llama"), "gemma", "")[Path("model.py")]
+    assert '\n# registry.register("GemmaForCausalLM", GemmaForCausalLM, exist_ok=True)\n' in unfinished
+    assert "\nregistry" not in unfinished
+    assert (
+        '\nregistry.register("Qwen3ForCausalLM"'
+        in stand_alone(family("qwen3"), family("llama"), "x", "")[Path("model.py")]
+    )
