@@ -1,7 +1,6 @@
 """Checkpoints in block FP8 (DeepSeek's, Qwen's ``-FP8``): dequantized range by range, while they are read."""
 
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from nemo_automodel.components.checkpoint.reading import (
     CheckpointError,
     SafetensorsReader,
+    Scratch,
     TensorReader,
     check_range,
     refuse_non_finite,
@@ -91,7 +91,7 @@ class BlockFP8Reader(TensorReader):
         self.path = reader.path
         self._reader, self._block, self._dtype = reader, block_size, dtype
         self._scales: dict[str, Tensor] = {}
-        self._local = threading.local()
+        self._stored, self._values = Scratch(), Scratch()
         self._keys = {key: None for key in reader if not key.endswith(_SCALE)}
         self._quantized = {key for key in self._keys if self._is_fp8(key)}
         problems = [
@@ -152,7 +152,8 @@ class BlockFP8Reader(TensorReader):
 
     def _dequantize_into(self, piece: Tensor, key: str, start: int) -> None:
         """Fill ``piece`` ``[size]``, at most `PIECE` elements of our dtype, from ``start`` on."""
-        stored, values = self._buffers(self._reader.dtype(key), piece.numel())
+        stored = self._stored.take(piece.numel(), self._reader.dtype(key))
+        values = self._values.take(piece.numel(), torch.float32)
         self._reader.read_into(stored, key, start)
         values.copy_(stored)
         scale, columns = self._scale(key), self.shape(key)[1]
@@ -182,13 +183,6 @@ class BlockFP8Reader(TensorReader):
         if key not in self._scales:  # two threads may both read it: to the same effect
             self._scales[key] = self._reader.read(key + _SCALE).float()
         return self._scales[key]
-
-    def _buffers(self, dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
-        """Memory of this thread, kept: ``size`` elements of 8 bits and of 32."""
-        if not hasattr(self._local, "values"):
-            self._local.stored = torch.empty(PIECE, dtype=torch.uint8)
-            self._local.values = torch.empty(PIECE, dtype=torch.float32)
-        return self._local.stored[:size].view(dtype), self._local.values[:size]
 
     def _is_fp8(self, key: str) -> bool:
         try:
