@@ -118,7 +118,7 @@ FORMULA = 2.0**-33
 """How far two right formulas may part in float64, as a share of the largest value.
 
 A unit of rounding is 2^-53; accumulations over the widths and depths of tiny models, and the cancellation in a softmax
-or a norm, cost less than twelve bits. 2^-33 leaves eight more, and is a thousandth of the effect of the subtlest
+or a norm, cost less than twelve bits. 2^-33 leaves eight more, and is a ten-thousandth of the effect of the subtlest
 mistake here, an epsilon of 1e-6 instead of 1e-5 beside a mean square of one.
 """
 

@@ -40,8 +40,12 @@ def shrunk(config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:
     fields = {name: value for name, value in tiny.to_dict().items() if name not in _NOT_KEPT}
     tiny = type(config)(**fields)
     after = tiny.to_dict()
-    changed = [f"{name}: {before[name]} -> {after.get(name)}" for name in before if before[name] != after.get(name)]
-    return tiny, [text for text in changed if not text.startswith("transformers_version")]
+    names = [name for name in before if before[name] != after.get(name) and name != "transformers_version"]
+    return tiny, [f"{name}: {_short(before[name])} -> {_short(after.get(name))}" for name in names]
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, list | tuple) and len(value) > 3 else str(value)
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -40,7 +40,6 @@ def test_a_right_one_exits_0_and_writes_json_and_html(tmp_path: Path, capsys: py
         assert result["name"] in html_file.read_text()
 
 
-@pytest.mark.xfail(reason="declared plans reads the plan that transformers puts together, not the class's own")
 def test_a_model_file_is_verified_without_generation(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(EXAMPLE), "--config", config, "--quick"]) == 0
     rows = {line[2:26].strip(): line[27:31] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}

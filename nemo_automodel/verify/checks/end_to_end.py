@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.exact import Exact
@@ -80,7 +81,7 @@ def bf16_rounding(subject: Subject) -> Outcome:
         f"{worst.error / worst.bound * BF16_MARGIN:.2f} of the reference's own error (the {worst.name.split()[-1]})"
     )
     return judge(
-        differences, detail, hint="bf16 rounds more often than the reference: a cast is missing or in another order"
+        differences, detail, hint="where fp32 agrees, bf16 rounds more often: a cast is missing or in another place"
     )
 
 
@@ -91,11 +92,13 @@ def cached_decoding(subject: Subject) -> Outcome:
         whole = model(ids, use_cache=False).logits
         differences = []
         for name, cuts in {"token by token": [1] * LENGTH, "in pieces": [10, 1, LENGTH - 11]}.items():
-            cache, logits = None, []
+            cache, logits = DynamicCache(config=model.config), []
             for piece in ids.split(cuts, dim=1):
-                outputs = model(piece, past_key_values=cache, use_cache=True)
-                cache = outputs.past_key_values
-                logits.append(outputs.logits)
+                logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+            if cache.get_seq_length() != LENGTH:
+                return Outcome(
+                    False, f"the cache holds {cache.get_seq_length()} of {LENGTH} positions: it is not filled"
+                )
             differences.append(formula(name, torch.cat(logits, dim=1), whole))
     return judge(differences, "decoding with a cache, token by token and in pieces, against the whole sequence")
 
@@ -136,7 +139,9 @@ def padding(subject: Subject) -> Outcome:
                 alone = ours(ids[:1, : LENGTH - 7], use_cache=False).logits
                 differences.append(formula("beside the row alone", logits[1][:1, : LENGTH - 7], alone))
     return judge(
-        differences, "padded rows, left and right, equal the reference's", hint="the attention mask is not honoured"
+        differences,
+        "padded rows, left and right, equal the reference's",
+        hint="where the modules agree, the attention mask is not honoured",
     )
 
 

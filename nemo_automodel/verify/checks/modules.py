@@ -96,7 +96,7 @@ def rounding_by_module(subject: Subject) -> Outcome:
     return judge(
         differences,
         f"{len(differences)} modules in bf16, each on the reference's own input",
-        hint="bf16 rounds more often than in the reference: a cast is missing or in another place",
+        hint="where float64 agrees, bf16 rounds more often: a cast is missing or in another place",
     )
 
 

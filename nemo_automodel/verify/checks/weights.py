@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.outcome import Outcome, bitwise, judge
 from nemo_automodel.verify.subject import Subject
@@ -79,11 +80,8 @@ def declarations(subject: Subject) -> Outcome:
     model = subject.ours()
     modules = {_starred(name) for name, _ in model.named_modules()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    problems = [
-        f"_tp_plan[{name!r}] matches no module"
-        for name in (model.tp_plan or {})
-        if name.removesuffix(".weight").removesuffix(".bias") not in modules
-    ]
+    plan = tp_plan_of(model)
+    problems = [f"_tp_plan[{name!r}] matches no module" for name in plan if name not in modules]
     problems += [f"_pp_plan[{name!r}] matches no module" for name in (model._pp_plan or {}) if name not in modules]
     tied = getattr(model, "_tied_weights_keys", None) or {}
     problems += [
@@ -98,7 +96,9 @@ def declarations(subject: Subject) -> Outcome:
     for name in ("_tp_plan", "_pp_plan", "_tied_weights_keys"):
         if not getattr(type(model), name, None):
             problems.append(f"{name} is not set on the class")
-    return Outcome(not problems, "; ".join(problems) or f"{len(model.tp_plan)} plan entries, each matches a module")
+    return Outcome(
+        not problems, "; ".join(problems) or f"{len(plan)} entries of the tensor-parallel plan, each matches a module"
+    )
 
 
 CHECKS = [
