@@ -49,7 +49,7 @@ def verify(
     found = target if isinstance(target, Target) else find_target(target, config, reference)
     checks = [check for check in all_checks(found, meshes) if not (quick and check.slow)]
     results = []
-    with Subject(found, device) as subject:
+    with _quiet(), Subject(found, device) as subject:
         for check in checks:
             on_start(check)
             start = time.perf_counter()
@@ -76,7 +76,7 @@ def assert_verified(target: str | Path | Target, **options: Any) -> Report:
 
 def _outcome(check: Check, subject: Subject) -> tuple[Outcome, str]:
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return check.run(subject), ""
     except NotApplicable as reason:

@@ -71,18 +71,41 @@ def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
             handle.remove()
 
 
-Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+@dataclass(frozen=True)
+class Call:
+    """A module and what it was called with."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def input(self) -> Tensor:
+        """The hidden states that it was given."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def again(self, module: nn.Module | None = None, hidden_states: Tensor | None = None) -> Any:
+        """Call ``module`` (default: the same) so, or on other hidden states."""
+        args, kwargs = self.args, self.kwargs
+        if hidden_states is not None:
+            args = (hidden_states, *args[1:]) if args else ()
+            kwargs = kwargs if args else kwargs | {"hidden_states": hidden_states}
+        return (module or self.module)(*args, **kwargs)
+
+    def double(self) -> "Call":
+        """The same in float64."""
+        return Call(self.module, _double(self.args), _double(self.kwargs))
 
 
 def calls_of(model: nn.Module, ids: Tensor) -> dict[str, Call]:
-    """Each module below the backbone with what it was called with: ``name -> (module, args, kwargs)``."""
+    """What each module of the layers, and each norm, was called with in one forward pass."""
     calls: dict[str, Call] = {}
     handles = []
     for name, module in model.named_modules():
         if "layers." in name or name.endswith("norm"):
 
             def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                calls[name] = (module, args, dict(kwargs))
+                calls[name] = Call(module, args, dict(kwargs))
 
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     try:
@@ -92,6 +115,14 @@ def calls_of(model: nn.Module, ids: Tensor) -> dict[str, Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(item) for key, item in value.items()}
+    return type(value)(map(_double, value)) if isinstance(value, tuple | list) else value
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.diagnosis import explain
@@ -81,16 +82,17 @@ rounding too many in a norm, or cos and sin rounded first, costs a third and mor
 def rounding_by_module(subject: Subject) -> Outcome:
     """Each norm, MLP and attention in bf16, on the reference's own input, beside the float64 truth."""
     reference, ours = subject.reference(torch.bfloat16), subject.ours(torch.bfloat16)
-    exact, own = dict(subject.reference(torch.bfloat16).double().named_modules()), dict(ours.named_modules())
-    calls = {name: call for name, call in calls_of(reference, subject.tokens(4)).items() if name in own}
+    exact = dict(subject.reference(torch.bfloat16).double().named_modules())
+    own_calls = calls_of(ours, subject.tokens(4))
     differences = []
-    for name, (module, args, kwargs) in calls.items():
-        if not list(module.parameters()) or isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+    for name, call in calls_of(reference, subject.tokens(4)).items():
+        module = call.module
+        if name not in own_calls or not list(module.parameters()) or isinstance(module, nn.Linear | nn.Embedding):
             continue
         with torch.no_grad():
-            low, mine = (first_tensor(each(*args, **kwargs)) for each in (module, own[name]))
+            low, mine = first_tensor(call.again(module)), first_tensor(own_calls[name].again(hidden_states=call.input))
             with Exact():
-                truth = first_tensor(exact[name](*_double(args), **_double(kwargs)))
+                truth = first_tensor(call.double().again(exact[name]))
         errors = [(x.double() - truth).square().mean().sqrt().item() for x in (mine, low)]
         differences.append(Difference(name, errors[0], MARGIN_IN_BF16 * errors[1]))
     return judge(
@@ -98,14 +100,6 @@ def rounding_by_module(subject: Subject) -> Outcome:
         f"{len(differences)} modules in bf16, each on the reference's own input",
         hint="where float64 agrees, bf16 rounds more often: a cast is missing or in another place",
     )
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _double(item) for key, item in value.items()}
-    return type(value)(map(_double, value)) if isinstance(value, tuple | list) else value
 
 
 CHECKS = [
