@@ -1,4 +1,4 @@
-"""How fused parameters hold the rows of Hugging Face's separate ones: the one table, with each permutation's inverse.
+"""How fused parameters hold the rows of Hugging Face's tensors: the one table, with each permutation's inverse.
 
 Every piece of code that moves weights (state-dict adapters, the loader, the exporter, LoRA) reads these rules, so no
 second copy of a layout exists. Both layouts of the library are one pattern, "take ``blocks[i]`` rows of part ``i`` in
@@ -8,30 +8,82 @@ turn until the parts are used up":
 * ``gate_up_proj``: ``blocks = (1, 1)`` gives ``gate_0, up_0, gate_1, up_1, ...``.
 
 The number of groups is read off the tensor's shape, so the same rule serves a whole parameter and a tensor-parallel
-shard of it.
+shard of it. Where a checkpoint keeps the rows of a part in another order, a `RowOrder` says in which.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Concatenated:
+    """The checkpoint keeps everything of the first kind, then of the second; here ``blocks[i]`` rows of each in turn.
+
+    ``[Q | K | V]`` of one tensor (Phi-3) with ``blocks = (group_size * head_dim, head_dim, head_dim)``, ``[gate | up]``
+    with ``blocks = (1, 1)``.
+    """
+
+    blocks: tuple[int, ...]
+
+    def hf_rows(self, rows: int) -> Tensor:
+        """``[rows]``, int64: row ``i`` here is row ``hf_rows[i]`` in the checkpoint's tensor of so many rows."""
+        groups = rows // sum(self.blocks)
+        starts = [groups * sum(self.blocks[:i]) for i in range(len(self.blocks))]
+        kinds = [
+            start + torch.arange(groups * block).view(groups, block)
+            for start, block in zip(starts, self.blocks, strict=True)
+        ]
+        return torch.cat(kinds, dim=1).flatten()
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """The checkpoint's RoPE turns channels ``2i`` and ``2i + 1`` of a head, here ``i`` and ``rotary_dim / 2 + i``.
+
+    Scores do not change when queries and keys are permuted alike, so half-split RoPE then computes the same.
+    """
+
+    head_dim: int
+    rotary_dim: int
+
+    def hf_rows(self, rows: int) -> Tensor:
+        """As `Concatenated.hf_rows`."""
+        even = torch.arange(0, self.rotary_dim, 2)
+        head = torch.cat((even, even + 1, torch.arange(self.rotary_dim, self.head_dim)))
+        return (torch.arange(0, rows, self.head_dim)[:, None] + head).flatten()
+
+
+RowOrder = Concatenated | Interleaved
+"""In which order a checkpoint keeps the rows of a part."""
+
+
+@cache
+def _order(order: RowOrder, rows: int) -> tuple[Tensor, Tensor]:
+    """The order's ``hf_rows``, and its inverse."""
+    hf = order.hf_rows(rows)
+    return hf, torch.argsort(hf)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """One fused projection and the projections whose rows it holds.
+    """One fused projection and the Hugging Face tensors whose rows it holds.
 
     Attributes:
         fused: module name of the fused projection, such as ``"qkv_proj"``.
-        parts: module names of the separate projections, in the order of their blocks.
+        parts: module names in the checkpoint, in the order of their blocks.
         blocks: rows taken from each part in turn; ``sum(blocks)`` rows make one group.
+        orders: for each part how the checkpoint orders its rows, None where as here; empty: all as here.
     """
 
     fused: str
     parts: tuple[str, ...]
     blocks: tuple[int, ...]
+    orders: tuple[RowOrder | None, ...] = ()
 
     @property
     def group(self) -> int:
@@ -48,7 +100,8 @@ class Fusion:
         if len(groups) != 1 or None in groups:
             rows = ", ".join(f"{name} {part.shape[0]}" for name, part in zip(self.parts, parts, strict=True))
             raise ValueError(f"{self.fused} takes rows in blocks of {self.blocks} from {self.parts}; got rows: {rows}")
-        grouped = [part.unflatten(0, (-1, block)) for part, block in zip(parts, self.blocks, strict=True)]
+        ordered = [self._ordered(part, name) for part, name in zip(parts, self.parts, strict=True)]
+        grouped = [part.unflatten(0, (-1, block)) for part, block in zip(ordered, self.blocks, strict=True)]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def split(self, fused: Tensor, dim: int = 0) -> list[Tensor]:
@@ -59,47 +112,60 @@ class Fusion:
         """
         dim = dim % fused.ndim
         grouped = fused.unflatten(dim, (self._groups_of(fused.shape[dim]), self.group))
-        return [part.flatten(dim, dim + 1) for part in grouped.split(self.blocks, dim + 1)]
+        parts = [part.flatten(dim, dim + 1) for part in grouped.split(self.blocks, dim + 1)]
+        return [self._restored(part, name, dim) for part, name in zip(parts, self.parts, strict=True)]
 
-    def runs(self, part: str, start: int, stop: int) -> list["RowRun"]:
-        """Where rows ``start`` to ``stop`` of the fused projection, a shard's, hold rows of ``part``.
+    def rows(self, part: str, start: int, stop: int, total: int) -> tuple[Tensor, Tensor]:
+        """Where rows ``start`` to ``stop`` of the fused projection of ``total`` rows, a shard's, hold rows of ``part``.
 
-        The cuts need not respect groups or blocks: a block that is cut is a run of its own.
+        The cuts need not respect groups or blocks.
+
+        Returns:
+            Two int64 tensors of one length: rows of the shard, ascending, and the rows of the checkpoint's tensor
+            that belong there.
         """
-        index = self.parts.index(part)
-        before, block = sum(self.blocks[:index]), self.blocks[index]
-        first = max(0, -(-(start - before) // self.group))  # first and last + 1 of the groups whose block is whole
-        last = max(first, (stop - before - block) // self.group + 1)
-        runs = []
-        for group, groups in ((first - 1, 1), (first, last - first), (last, 1)):
-            row = group * self.group + before
-            low, high = max(start, row, 0), min(stop, row + block) if groups == 1 else row + block
-            if groups and group >= 0 and low < high:
-                runs.append(RowRun(low - start, group * block + low - row, groups, high - low, self.group))
-        return runs
+        own, hf = _rows(self, part, total)
+        low, high = torch.searchsorted(own, torch.tensor([start, stop])).tolist()
+        return own[low:high] - start, hf[low:high]
 
-    def part_view(self, fused: Tensor, part: str) -> Tensor:
-        """The rows of ``part`` inside ``fused``, as a writable view ``[groups, block, ...]``."""
+    def read_part(self, fused: Tensor, part: str) -> Tensor:
+        """The checkpoint's tensor of ``part``, out of ``fused``."""
+        return self._restored(self._view(fused, part).flatten(0, 1), part)
+
+    def write_part(self, fused: Tensor, part: str, value: Tensor) -> None:
+        """Copy ``value``, the checkpoint's tensor, into its rows of ``fused`` (casting to its dtype).
+
+        Raises:
+            ValueError: ``value`` has another shape than `part_shape` says.
+        """
+        view = self._view(fused, part)
+        if (wanted := self.part_shape(fused.shape, part)) != tuple(value.shape):
+            raise ValueError(f"{part}: shape {list(value.shape)} where {self.fused} takes {list(wanted)}")
+        view.copy_(self._ordered(value, part).unflatten(0, view.shape[:2]))
+
+    def part_shape(self, fused: Sequence[int], part: str) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor, given the fused one's."""
+        block = self.blocks[self.parts.index(part)]
+        return (self._groups_of(fused[0]) * block, *fused[1:])
+
+    def order_of(self, part: str) -> RowOrder | None:
+        """How the checkpoint orders the rows of ``part``; None: as here."""
+        return self.orders[self.parts.index(part)] if self.orders else None
+
+    def _view(self, fused: Tensor, part: str) -> Tensor:
+        """The rows of ``part`` inside ``fused``, in the order of here, as a writable view ``[groups, block, ...]``."""
         index = self.parts.index(part)
         start = sum(self.blocks[:index])
         groups = self._groups_of(fused.shape[0])
         return fused.unflatten(0, (groups, self.group))[:, start : start + self.blocks[index]]
 
-    def write_part(self, fused: Tensor, part: str, value: Tensor) -> None:
-        """Copy ``value``, the separate projection's tensor, into its rows of ``fused`` (casting to its dtype).
+    def _ordered(self, value: Tensor, part: str) -> Tensor:
+        order = self.order_of(part)
+        return value if order is None else value.index_select(0, _order(order, value.shape[0])[0].to(value.device))
 
-        Raises:
-            ValueError: ``value`` has another shape than `part_shape` says.
-        """
-        view = self.part_view(fused, part)
-        if (wanted := self.part_shape(fused.shape, part)) != tuple(value.shape):
-            raise ValueError(f"{part}: shape {list(value.shape)} where {self.fused} takes {list(wanted)}")
-        view.copy_(value.unflatten(0, view.shape[:2]))
-
-    def part_shape(self, fused: Sequence[int], part: str) -> tuple[int, ...]:
-        """Shape of the separate projection's tensor, given the fused one's."""
-        block = self.blocks[self.parts.index(part)]
-        return (self._groups_of(fused[0]) * block, *fused[1:])
+    def _restored(self, value: Tensor, part: str, dim: int = 0) -> Tensor:
+        order = self.order_of(part)
+        return value if order is None else value.index_select(dim, _order(order, value.shape[dim])[1].to(value.device))
 
     def _groups_of(self, rows: int) -> int:
         if rows % self.group:
@@ -111,27 +177,14 @@ class Fusion:
         return None if part.shape[0] % block else part.shape[0] // block
 
 
-@dataclass(frozen=True)
-class RowRun:
-    """Rows that lie together in a Hugging Face tensor, and where a shard of the own parameter holds them.
-
-    Attributes:
-        own: first row in the shard.
-        hf: first row in the Hugging Face tensor; ``groups * rows`` of them follow in one piece.
-        groups: blocks of ``rows`` rows each in the shard, ``step`` rows from one's start to the next's.
-    """
-
-    own: int
-    hf: int
-    groups: int
-    rows: int
-    step: int
-
-    def view(self, shard: Tensor) -> Tensor:
-        """The run's place in the shard ``[rows, ...]`` (contiguous), as a writable view ``[groups, rows, ...]``."""
-        row = shard.stride(0)
-        size, stride = (self.groups, self.rows, *shard.shape[1:]), (self.step * row, *shard.stride())
-        return shard.as_strided(size, stride, shard.storage_offset() + self.own * row)
+@cache
+def _rows(fusion: Fusion, part: str, total: int) -> tuple[Tensor, Tensor]:
+    """`Fusion.rows` of the whole parameter."""
+    index = fusion.parts.index(part)
+    before, block = sum(fusion.blocks[:index]), fusion.blocks[index]
+    own = (torch.arange(0, total, fusion.group)[:, None] + before + torch.arange(block)).flatten()
+    order = fusion.order_of(part)
+    return own, torch.arange(len(own)) if order is None else _order(order, len(own))[0]
 
 
 @dataclass(frozen=True)
@@ -144,35 +197,64 @@ class PartKey:
 
 
 class Layout:
-    """A model's table of fusions, and the key names on both sides."""
+    """A model's table of fusions, and the names on both sides.
 
-    def __init__(self, fusions: Sequence[Fusion]):
+    Args:
+        fusions: the fused projections.
+        renames: pairs of dotted fragments, ours and the checkpoint's: ``("mlp.up_proj", "mlp.c_fc")``. On the way out
+            they are applied in this order, on the way in in the reverse one. Names of parts are the checkpoint's and
+            are not renamed, but the path before them is.
+    """
+
+    def __init__(self, fusions: Sequence[Fusion], renames: Sequence[tuple[str, str]] = ()):
         self.fusions = tuple(fusions)
+        self.renames = tuple(renames)
         self._by_part = {part: fusion for fusion in fusions for part in fusion.parts}
         self._by_fused = {fusion.fused: fusion for fusion in fusions}
         names = "|".join(re.escape(name) for name in (*self._by_part, *self._by_fused))
         # The last module name in a key decides: "model.layers.0.self_attn.q_proj" + ".lora_A.default.weight"
         self._split = re.compile(rf"^(?P<prefix>(?:.*\.)?)(?P<module>{names})(?P<tail>(?:\..*)?)$")
 
+    @property
+    def ambiguous(self) -> bool:
+        """Whether a name on both sides means rows in two orders, so that a state dict does not show whose it is."""
+        return any(fusion.parts == (fusion.fused,) and fusion.order_of(fusion.fused) for fusion in self.fusions)
+
     def locate(self, hf_key: str) -> PartKey:
         """Which own parameter holds the tensor called ``hf_key`` in a Hugging Face checkpoint."""
         match = self._split.match(hf_key)
         fusion = self._by_part.get(match["module"]) if match else None
         if match is None or fusion is None:
-            return PartKey(own=hf_key)
-        return PartKey(match["prefix"] + fusion.fused + match["tail"], match["module"], fusion)
+            return PartKey(own=self._own(hf_key))
+        return PartKey(self._own(match["prefix"]) + fusion.fused + match["tail"], match["module"], fusion)
 
     def hf_keys(self, own_key: str) -> dict[str, PartKey]:
         """The Hugging Face keys whose tensors make up the own parameter ``own_key``, in block order."""
         match = self._split.match(own_key)
         fusion = self._by_fused.get(match["module"]) if match else None
         if match is None or fusion is None:
-            return {own_key: PartKey(own=own_key)}
-        return {f"{match['prefix']}{part}{match['tail']}": PartKey(own_key, part, fusion) for part in fusion.parts}
+            return {self._hf(own_key): PartKey(own=own_key)}
+        prefix = self._hf(match["prefix"])
+        return {f"{prefix}{part}{match['tail']}": PartKey(own_key, part, fusion) for part in fusion.parts}
 
     def fusion_of(self, module_name: str) -> Fusion | None:
         """The fusion of a module such as ``"model.layers.0.mlp.gate_up_proj"``, None for any other module."""
         return self._by_fused.get(module_name.rpartition(".")[2])
+
+    def _hf(self, name: str) -> str:
+        for own, hf in self.renames:
+            name = _replaced(name, own, hf)
+        return name
+
+    def _own(self, name: str) -> str:
+        for own, hf in reversed(self.renames):
+            name = _replaced(name, hf, own)
+        return name
+
+
+def _replaced(name: str, old: str, new: str) -> str:
+    """``name`` with the dotted fragment ``old`` replaced, where it stands between dots or at an end."""
+    return re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", lambda _: new, name, count=1)
 
 
 def qkv_fusion(num_attention_heads: int, num_key_value_heads: int, head_dim: int) -> Fusion:
@@ -195,3 +277,19 @@ def qkv_fusion(num_attention_heads: int, num_key_value_heads: int, head_dim: int
 
 GATE_UP = Fusion(fused="gate_up_proj", parts=("gate_proj", "up_proj"), blocks=(1, 1))
 """Rows of ``gate_up_proj``: ``gate_0, up_0, gate_1, up_1, ...``."""
+
+
+def stored_as(fusion: Fusion, name: str) -> Fusion:
+    """``fusion`` for checkpoints that hold its rows in one tensor, in the order of here (GPT-NeoX, Falcon)."""
+    return Fusion(fused=fusion.fused, parts=(name,), blocks=(fusion.group,))
+
+
+def concatenated(fusion: Fusion, name: str) -> Fusion:
+    """``fusion`` for checkpoints that hold its parts in one tensor, one after the other (Phi-3, GLM)."""
+    return Fusion(fused=fusion.fused, parts=(name,), blocks=(fusion.group,), orders=(Concatenated(fusion.blocks),))
+
+
+def interleaved(fusion: Fusion, rotary_dim: int) -> Fusion:
+    """``qkv_proj`` for checkpoints whose RoPE turns neighbouring channels (GLM, Cohere)."""
+    turned = Interleaved(fusion.blocks[1], rotary_dim)
+    return replace(fusion, orders=(turned, turned, None))

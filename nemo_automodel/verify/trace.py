@@ -43,7 +43,7 @@ def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
         if not name or isinstance(module, nn.ModuleList) or name.endswith(("act_fn", "activation_fn")):
             continue
         fusion = layout.fusion_of(name) if layout is not None else None
-        names = [name] if fusion is None else [name[: -len(fusion.fused)] + part for part in fusion.parts]
+        names = [name] if layout is None else list(layout.hf_keys(name))
 
         def before(_: Any, args: Any, kwargs: Any, names: list[str] = names) -> None:
             value = next((x for x in (*args, kwargs.get("hidden_states")) if isinstance(x, Tensor)), None)

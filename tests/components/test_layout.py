@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_automodel.components.layout import GATE_UP, Fusion, Layout, PartKey, qkv_fusion
+from nemo_automodel.components.layout import (
+    GATE_UP,
+    Fusion,
+    Layout,
+    PartKey,
+    concatenated,
+    interleaved,
+    qkv_fusion,
+    stored_as,
+)
 
 QKV = qkv_fusion(4, 2, 3)
 LAYOUT = Layout((QKV, GATE_UP))
@@ -45,12 +54,10 @@ def test_every_way_in_and_out_agrees_with_the_slow_reference(fusion, groups, tai
     written = torch.full(fused.shape, -1.0)
     for name, part, back in zip(fusion.parts, parts, fusion.split(fused), strict=True):
         assert torch.equal(back, part)
-        assert torch.equal(fusion.part_view(fused, name).flatten(0, 1), part)
+        assert torch.equal(fusion.read_part(fused, name), part)
         assert fusion.part_shape(fused.shape, name) == tuple(part.shape)
         fusion.write_part(written, name, part)
     assert torch.equal(written, fused.float())
-    fusion.part_view(written, fusion.parts[0]).zero_()
-    assert not fusion.split(written)[0].any(), "a view writes through"
 
     # the output of a projection: the same rows, in the last dimension
     last = fused.unsqueeze(0).transpose(1, -1)
@@ -115,9 +122,9 @@ ROWS = "qkv_proj: 13 rows are not a whole number of groups of 12"
         (lambda: QKV.fuse([torch.zeros(12), torch.zeros(6)]), "zip"),
         (lambda: QKV.split(torch.zeros(13)), ROWS),
         (lambda: QKV.split(torch.zeros(12, 13), dim=-1), ROWS),
-        (lambda: QKV.part_view(torch.zeros(13), "q_proj"), ROWS),
+        (lambda: QKV.read_part(torch.zeros(13), "q_proj"), ROWS),
         (lambda: QKV.part_shape((13, 2), "q_proj"), ROWS),
-        (lambda: QKV.part_view(torch.zeros(12), "o_proj"), "not in tuple"),
+        (lambda: QKV.read_part(torch.zeros(12), "o_proj"), "not in tuple"),
         # these would broadcast into the rows
         (lambda: QKV.write_part(torch.zeros(12, 2), "k_proj", torch.zeros(3, 1)), r"k_proj: shape \[3, 1\] where"),
         (lambda: QKV.write_part(torch.zeros(12, 3), "k_proj", torch.zeros(3)), r"qkv_proj takes \[3, 3\]"),
@@ -130,19 +137,91 @@ def test_what_does_not_fit_is_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize(
-    ("fusion", "groups"),
-    [(qkv_fusion(6, 3, 4), 3), (qkv_fusion(4, 4, 2), 4), (qkv_fusion(5, 1, 3), 1), (GATE_UP, 7)],
-    ids=["gqa", "mha", "mqa", "gate_up"],
-)
-def test_runs_find_every_row_of_every_shard(fusion: Fusion, groups: int) -> None:
-    """Any cut, through groups, blocks and pairs: what the runs bring is what the whole has there."""
+STORED = {
+    "gqa": (qkv_fusion(6, 3, 4), 3),
+    "mha": (qkv_fusion(4, 4, 2), 4),
+    "mqa": (qkv_fusion(5, 1, 3), 1),
+    "gate_up": (GATE_UP, 7),
+    "one tensor, grouped": (stored_as(qkv_fusion(6, 3, 4), "query_key_value"), 3),
+    "one tensor, concatenated": (concatenated(qkv_fusion(6, 3, 4), "qkv_proj"), 3),
+    "gate and up in one": (concatenated(GATE_UP, "gate_up_proj"), 7),
+    "interleaved": (interleaved(qkv_fusion(6, 3, 8), 8), 3),
+    "interleaved in part": (interleaved(qkv_fusion(6, 2, 8), 4), 2),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_rows_are_found_in_every_shard(name: str) -> None:
+    """Any cut, through groups, blocks and pairs: what the rows bring is what the whole has there."""
+    fusion, groups = STORED[name]
     parts = [torch.arange(groups * block)[:, None] + 1000 * i for i, block in enumerate(fusion.blocks)]
     whole = fusion.fuse(parts)
-    for start in range(len(whole) + 1):
+    assert all(torch.equal(a, b) for a, b in zip(fusion.split(whole), parts, strict=True))
+    assert all(torch.equal(fusion.read_part(whole, n), part) for n, part in zip(fusion.parts, parts, strict=True))
+    written = torch.zeros_like(whole)
+    for part_name, part in zip(fusion.parts, parts, strict=True):
+        fusion.write_part(written, part_name, part)
+    assert torch.equal(written, whole)
+    for start in range(0, len(whole) + 1, 3):
         for stop in range(start, len(whole) + 1):
             shard = torch.full((stop - start, 1), -1)
-            for name, part in zip(fusion.parts, parts, strict=True):
-                for run in fusion.runs(name, start, stop):
-                    run.view(shard).copy_(part[run.hf : run.hf + run.groups * run.rows].view(run.groups, run.rows, 1))
+            for part_name, part in zip(fusion.parts, parts, strict=True):
+                own, hf = fusion.rows(part_name, start, stop, len(whole))
+                shard[own] = part[hf]
             assert torch.equal(shard, whole[start:stop]), (start, stop)
+
+
+def test_one_tensor_as_its_names_say():
+    q, k, v = torch.arange(12), torch.arange(20, 26), torch.arange(30, 36)
+    stored = concatenated(QKV, "qkv_proj").fuse([torch.cat((q, k, v))])
+    assert torch.equal(stored, QKV.fuse([q, k, v]))
+    assert torch.equal(stored_as(QKV, "query_key_value").fuse([stored]), stored)
+    assert concatenated(GATE_UP, "gate_up_proj").fuse([torch.arange(6)]).tolist() == [0, 3, 1, 4, 2, 5]
+
+
+def test_interleaved_rope_is_half_split_rope_on_the_other_rows():
+    """Scores of neighbouring channels turned in the checkpoint's order equal those of halves turned in ours."""
+    heads, kv, dim, turning = 4, 2, 8, 6
+    fusion = interleaved(qkv_fusion(heads, kv, dim), turning)
+    x, angles = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, turning // 2, dtype=torch.float64)
+    weights = [torch.randn(rows * dim, 7, dtype=torch.float64) for rows in (heads, kv, kv)]
+    q, k, v = (x @ weight.T for weight in weights)
+
+    def pairs(y):  # [S, heads, D]
+        a, b = y[..., :turning:2], y[..., 1:turning:2]
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2), y[..., turning:]), -1)
+
+    def halves(y):
+        a, b = y[..., : turning // 2], y[..., turning // 2 : turning]
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, y[..., turning:]), -1)
+
+    expected = torch.einsum("shd,thd->hst", pairs(q.view(5, heads, dim)[:, ::2]), pairs(k.view(5, kv, dim)))
+    own = x @ fusion.fuse(weights).T
+    own_q, own_k, own_v = qkv_fusion(heads, kv, dim).split(own, dim=-1)
+    actual = torch.einsum("shd,thd->hst", halves(own_q.view(5, heads, dim)[:, ::2]), halves(own_k.view(5, kv, dim)))
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+    assert not torch.equal(own_q, q)
+    assert torch.equal(own_v, v)
+
+
+RENAMED = Layout(
+    (stored_as(QKV, "query_key_value"),),
+    (("model.layers", "gpt_neox.layers"), ("self_attn.o_proj", "self_attn.dense"), ("self_attn", "attention")),
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "hf"),
+    [
+        ("model.layers.3.self_attn.qkv_proj.bias", "gpt_neox.layers.3.attention.query_key_value.bias"),
+        ("model.layers.3.self_attn.o_proj.weight", "gpt_neox.layers.3.attention.dense.weight"),
+        ("model.layers.3.self_attn", "gpt_neox.layers.3.attention"),
+        ("model.layers.3.mlp.up_proj.weight", "gpt_neox.layers.3.mlp.up_proj.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_other_names_both_ways(own, hf):
+    assert list(RENAMED.hf_keys(own)) == [hf]
+    assert RENAMED.locate(hf).own == own

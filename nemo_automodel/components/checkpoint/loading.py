@@ -5,13 +5,14 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from nemo_automodel.components.checkpoint.reading import CheckpointError, Scratch, TensorReader
 from nemo_automodel.components.checkpoint.shards import Region, empty_local, with_local
-from nemo_automodel.components.layout import Layout, PartKey, RowRun
+from nemo_automodel.components.layout import Layout, PartKey
 
 READERS = 4
 """Pieces in flight."""
@@ -20,6 +21,7 @@ PIECE = 4 * 2**20
 """Bytes of a piece, the unit of reading: small enough for the cache where it takes a detour to be permuted or cast."""
 
 _SHOWN = 8
+_SHORT = 8  # rows: stretches that are shorter on average are not worth a read each
 
 
 def load_parameters(
@@ -69,7 +71,7 @@ def load_parameters(
         pieces = (
             piece
             for key, place in plan.items()
-            for piece in _pieces(key, place, shards[place.own], Region.of(own[place.own]), reader)
+            for piece in _pieces(key, place, own[place.own], shards[place.own], Region.of(own[place.own]), reader)
         )
         for _ in pool.map(lambda piece: piece.read(reader, scratch), pieces):
             pass  # the first error ends it
@@ -91,60 +93,86 @@ def assign(model: nn.Module, name: str, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of a checkpoint's tensor and where they go.
+    """Rows that lie together in a checkpoint's tensor, and where they go.
 
     Attributes:
-        target: ``[..., columns]``, rows in the order of the file.
+        shard: this rank's memory for the parameter that takes them.
+        own: its rows that take them, a regular stretch or their numbers.
+        count: how many rows.
         start: the first element to read, counted in the whole tensor.
-        row: elements of a whole row in the file, where the target's are some of its columns; else 0.
+        row: elements of a whole row in the file, where the shard holds some of its columns; else 0.
         column: the first of those columns.
     """
 
     key: str
-    target: Tensor
+    shard: Tensor
+    own: slice | Tensor
+    count: int
     start: int
     row: int
     column: int
 
     def read(self, reader: TensorReader, scratch: Scratch) -> None:
-        if not self.row:
-            reader.read_into(self.target, self.key, self.start)
+        if isinstance(self.own, slice) and not self.row:
+            reader.read_into(self.shard[self.own], self.key, self.start)
             return
         # whole rows, in one call: a call per row costs more than the other ranks' columns, which share their pages
-        count = self.target.shape[:-1].numel()
-        rows = scratch.take(count * self.row, reader.dtype(self.key)).view(count, self.row)
+        dtype, tail = reader.dtype(self.key), (self.row,) if self.row else tuple(self.shard.shape[1:])
+        rows = scratch.take(self.count * math.prod(tail), dtype).view(self.count, *tail)
         reader.read_into(rows, self.key, self.start)
-        columns = rows[:, self.column : self.column + self.target.shape[-1]]
-        self.target.copy_(columns.view(self.target.shape))
+        if self.row:
+            rows = rows[:, self.column : self.column + self.shard.shape[1]]
+        if isinstance(self.own, slice):
+            self.shard[self.own].copy_(rows)
+        else:
+            self.shard.index_copy_(0, self.own.to(self.shard.device), rows.to(self.shard.device, self.shard.dtype))
 
 
-def _pieces(key: str, place: PartKey, shard: Tensor, region: Region, reader: TensorReader) -> Iterator[_Piece]:
+def _pieces(
+    key: str, place: PartKey, parameter: Tensor, shard: Tensor, region: Region, reader: TensorReader
+) -> Iterator[_Piece]:
     """Pieces that together bring this rank's share of the tensor ``key``."""
     if not shard.numel():
+        return
+    if not region.shape:  # a scalar
+        yield _Piece(key, shard.view(1), slice(None), 1, 0, 0, 0)
         return
     shape, itemsize = reader.shape(key), reader.dtype(key).itemsize
     row = math.prod(shape[1:])
     cut = region.shape[1:] != shape[1:]
     if cut and len(shape) != 2:
         raise NotImplementedError(f"{key}: {len(shape)} dims, sharded along another than the first")
-    for run, view in _runs(place, shard, region):
-        step = max(1, PIECE // (run.rows * row * itemsize))  # blocks of rows
-        for first in range(0, view.shape[0], step):
-            start = (run.hf + first * run.rows) * row
-            yield _Piece(key, view[first : first + step], start, row if cut else 0, region.offset[1] if cut else 0)
-
-
-def _runs(place: PartKey, shard: Tensor, region: Region) -> Iterator[tuple[RowRun, Tensor]]:
-    """Runs of rows, and their place in the shard: ``[blocks, ...]``."""
-    if not region.shape:  # a scalar
-        yield RowRun(0, 0, 1, 1, 1), shard.view(1)
-        return
-    start, rows = region.offset[0], region.shape[0]
+    start, stop = region.offset[0], region.offset[0] + region.shape[0]
     if place.fusion is None:
-        yield RowRun(0, start, rows, 1, 1), shard
-        return
-    for run in place.fusion.runs(place.part, start, start + rows):
-        yield run, run.view(shard)
+        own, hf = torch.arange(stop - start), torch.arange(start, stop)
+    else:
+        own, hf = place.fusion.rows(place.part, start, stop, parameter.shape[0])
+        if place.fusion.order_of(place.part) is not None:
+            hf, by_file = hf.sort()
+            own = own[by_file]
+    step = max(1, PIECE // (row * itemsize))
+    for stretch in _stretches(own, hf):
+        for first in range(stretch.start, stretch.stop, step):
+            taken = own[first : min(first + step, stretch.stop)]
+            columns = (row, region.offset[1]) if cut else (0, 0)
+            yield _Piece(key, shard, _as_slice(taken), len(taken), int(hf[first]) * row, *columns)
+
+
+def _stretches(own: Tensor, hf: Tensor) -> Iterator[slice]:
+    """Where both run on regularly; or, where ours hardly does (the file's order is another), the file's rows only."""
+    together, steps = hf.diff() == 1, own.diff()
+    regular = together & (steps == steps[:1])
+    ends = [(~each).nonzero().flatten().add(1).tolist() for each in (regular, together)]
+    bounds = ends[0] if len(own) >= _SHORT * (len(ends[0]) + 1) else ends[1]
+    yield from (slice(a, b) for a, b in pairwise((0, *bounds, len(own))) if b > a)
+
+
+def _as_slice(rows: Tensor) -> slice | Tensor:
+    """Ascending row numbers as a slice where they are evenly spaced."""
+    if len(rows) == 1:
+        return slice(int(rows[0]), int(rows[0]) + 1)
+    step = int(rows[1] - rows[0])
+    return slice(int(rows[0]), int(rows[-1]) + 1, step) if step > 0 and (rows.diff() == step).all() else rows
 
 
 def _check(

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from nemo_automodel.components.layout import Layout
 from nemo_automodel.components.peft.files import CONFIG, PREFIX, WEIGHTS, Replaced, adapter_tensors, layout_of, refuse
-from nemo_automodel.components.peft.lora import LoRALinear
-from nemo_automodel.components.peft.model import leaf, part_paths, refuse_adapters, untie
+from nemo_automodel.components.peft.model import adapted_layer, leaf, part_paths, refuse_adapters, untie
 from nemo_automodel.components.peft.peft_config import PeftConfig
 from nemo_automodel.components.placement import fill, whole
 
@@ -108,11 +107,11 @@ class PeftAdapter:
             for path in paths:
                 for key in adapted[path].values():
                     dtype = torch.promote_types(dtype, self.tensors[key].dtype)
-            layer = LoRALinear(
+            layer = adapted_layer(
                 linears[name],
-                leaf(name),
+                name,
                 {leaf(path): self.config.update(path) for path in paths},
-                self._layout.fusion_of(name),
+                self._layout,
                 dropout=self.config.dropout,
                 dora=self.config.dora,
                 dtype=dtype,

@@ -38,13 +38,13 @@ class Replaced:
     keys: Mapping[str, str]
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+def adapter_tensors(model: nn.Module, layout: Layout | None = None) -> dict[str, nn.Parameter]:
     """peft's key -> the parameter, for every adapter of the model; a shared A stands under the key of each part.
 
     ``layers.0.self_attn.qkv_proj``'s A for ``q_proj`` is ``base_model.model.layers.0.self_attn.q_proj.lora_A.weight``.
     """
     tensors = {}
-    for path, layer, part in _adapted(model):
+    for path, layer, part in _adapted(model, layout or layout_of(model)):
         tensors[f"{PREFIX}{path}{A}"] = layer.a_of(part)
         tensors[f"{PREFIX}{path}{B}"] = layer.lora_B[part]
         if layer.dora:
@@ -104,10 +104,10 @@ def save_adapter(
         ValueError: the model has no adapters.
     """
     layout = layout or layout_of(model)
-    adapted = list(_adapted(model))
+    adapted = _adapted(model, layout)
     if not adapted:
         raise ValueError("the model has no adapters to save: apply_lora first, or save_pretrained for a whole model")
-    tensors = {key: whole(value) for key, value in adapter_tensors(model).items()}
+    tensors = {key: whole(value) for key, value in adapter_tensors(model, layout).items()}
     replaced: Replaced | None = getattr(model, "_replaced_by_adapter", None)
     for key, name in (replaced.keys if replaced else {}).items():
         tensors[PREFIX + key] = read_parameter(model, layout, name)
@@ -138,7 +138,7 @@ def read_parameter(model: nn.Module, layout: Layout, name: str) -> Tensor:
     """The parameter that Hugging Face calls ``name``, whole, out of the fused one that holds it."""
     place = layout.locate(name)
     value = whole(model.get_parameter(place.own))
-    return place.fusion.part_view(value, place.part).flatten(0, 1) if place.fusion else value
+    return place.fusion.read_part(value, place.part) if place.fusion else value
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -154,13 +154,14 @@ def refuse(what: str, problems: list[str]) -> None:
         raise ValueError(f"{what}:\n  " + "\n  ".join(problems[:_SHOWN] + more))
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, LoRALinear, str]]:
+def _adapted(model: nn.Module, layout: Layout) -> list[tuple[str, LoRALinear, str]]:
     """Hugging Face's path, the layer and the part's name, for every adapted projection."""
-    found = []
-    for name, layer in lora_layers(model):
-        parent = name.rpartition(".")[0]
-        found += [(f"{parent}.{part}" if parent else part, layer, part) for part in layer.updates]
-    return found
+    return [
+        (path, layer, leaf(path))
+        for name, layer in lora_layers(model)
+        for path in part_paths(name, layout)
+        if leaf(path) in layer.updates
+    ]
 
 
 def _ranks(updates: Mapping[str, Update], config: LoRAConfig | None) -> dict[str, Any]:

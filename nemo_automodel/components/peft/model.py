@@ -1,13 +1,14 @@
 """Adapters into a model, their starting values, and adapters folded into the weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from nemo_automodel.components.layout import Layout
-from nemo_automodel.components.peft.config import ALL_LINEAR, LoRAConfig, by_pattern
+from nemo_automodel.components.peft.config import ALL_LINEAR, LoRAConfig, Update, by_pattern
 from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.placement import fill, whole
 
@@ -44,11 +45,11 @@ def apply_lora(model: nn.Module, config: LoRAConfig, layout: Layout) -> list[str
         raise ValueError("LoRA found no linear projection to adapt in this model")
     _refuse_idle_patterns(config, [path for name in planned for path in parts[name]])
     layers = {
-        name: LoRALinear(
+        name: adapted_layer(
             linears[name],
-            leaf(name),
+            name,
             updates,
-            layout.fusion_of(name),
+            layout,
             dropout=config.dropout,
             dora=config.dora,
             share_a=config.share_a,
@@ -127,10 +128,18 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
+def adapted_layer(
+    linear: nn.Linear, name: str, updates: Mapping[str, Update], layout: Layout, **options: Any
+) -> LoRALinear:
+    """``linear``, the model's layer called ``name``, with adapters; ``updates`` has the checkpoint's names of parts."""
+    fusion = layout.fusion_of(name)
+    called = leaf(name) if fusion else leaf(part_paths(name, layout)[0])
+    return LoRALinear(linear, called, updates, fusion, **options)
+
+
 def part_paths(name: str, layout: Layout) -> list[str]:
     """Hugging Face's module paths for the linear layer ``name``: those of its parts, or its own."""
-    fusion = layout.fusion_of(name)
-    return [f"{name[: -len(fusion.fused)]}{part}" for part in fusion.parts] if fusion else [name]
+    return list(layout.hf_keys(name))
 
 
 def leaf(path: str) -> str:

@@ -226,10 +226,19 @@ class HFCheckpointingMixin(_Base):
 
         Tools that reload a saved folder (transformers' Trainer, for one) pass Hugging Face's names, shard by shard
         with ``strict=False``; without this they would be dropped with a warning.
+
+        Raises:
+            ValueError: names that are both sides', in a plain dict, so that nobody can tell the order of the rows.
         """
         layout = self.state_dict_adapter.layout
         current = self.state_dict()
-        if not any(layout.locate(key).fusion for key in state_dict if key not in current):
+        if not any(layout.locate(key).own in current for key in state_dict if key not in current):
+            if layout.ambiguous and not hasattr(state_dict, "_metadata"):
+                raise ValueError(
+                    f"checkpoints of {type(self).__name__} name a tensor as the model does, with its rows in another "
+                    "order, and this dict does not say whose it is: load a folder with from_pretrained, or pass "
+                    "model.state_dict_adapter.from_hf(state_dict), or what state_dict() gave, itself"
+                )
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         if strict:
             fused = self.state_dict_adapter.from_hf(state_dict)
@@ -241,7 +250,7 @@ class HFCheckpointingMixin(_Base):
         for key, value in state_dict.items():
             place = layout.locate(key)
             if place.fusion is None or place.own not in current:
-                own[key] = value
+                own[place.own if place.own in current else key] = value
                 continue
             if place.own not in own:
                 own[place.own] = self._rows_to_fill(current[place.own], value)

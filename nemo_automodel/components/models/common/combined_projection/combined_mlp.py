@@ -1,8 +1,9 @@
 """The gated MLP (GLU variants, Shazeer 2020, arXiv:2002.05202, equation 6) with one fused gate-and-up projection."""
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, XIELUActivation
 
 
 class CombinedGateUpMLP(nn.Module):
@@ -12,21 +13,30 @@ class CombinedGateUpMLP(nn.Module):
     parallelism gives every rank complete pairs.
 
     Args:
-        config: reads ``hidden_size``, ``intermediate_size``, ``hidden_act`` (any of transformers' activations) and
-            ``mlp_bias`` (False where the config has none).
+        config: reads ``hidden_size`` and, of these, what is not given: ``intermediate_size``, ``hidden_act`` (any of
+            transformers' activations) and ``mlp_bias`` (False where the config has none).
+        activation: name of one of transformers' activations.
+        bias: whether the projections have biases.
+        intermediate_size: channels of gate and of up.
 
     Raises:
         ValueError: an activation that transformers does not know.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        activation: str | None = None,
+        bias: bool | None = None,
+        intermediate_size: int | None = None,
+    ):
         super().__init__()
-        bias = getattr(config, "mlp_bias", False)
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={config.hidden_act!r} is not one of {', '.join(sorted(ACT2FN))}")
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        bias = getattr(config, "mlp_bias", False) if bias is None else bias
+        width = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.act_fn = _activation(config.hidden_act if activation is None else activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
@@ -35,15 +45,30 @@ class CombinedGateUpMLP(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """``down_proj(act(up_proj(x)))``, the ungated MLP; reads the same config fields as `CombinedGateUpMLP`."""
+    """``down_proj(act(up_proj(x)))``, the ungated MLP; the arguments are `CombinedGateUpMLP`'s."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        activation: str | None = None,
+        bias: bool | None = None,
+        intermediate_size: int | None = None,
+    ):
         super().__init__()
-        bias = getattr(config, "mlp_bias", False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        bias = getattr(config, "mlp_bias", False) if bias is None else bias
+        width = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.act_fn = _activation(config.hidden_act if activation is None else activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in ACT2FN:
+        raise ValueError(f"hidden_act={name!r} is not one of {', '.join(sorted(ACT2FN))}")
+    # xIELU has parameters, which transformers would make in bf16 in any model
+    return XIELUActivation(dtype=torch.get_default_dtype()) if name == "xielu" else ACT2FN[name]

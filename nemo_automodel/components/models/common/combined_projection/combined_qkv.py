@@ -48,3 +48,8 @@ class CombinedQKVAttentionMixin:
 def head_dim_of(config: PreTrainedConfig) -> int:
     """Channels of one head: ``config.head_dim`` where it is set, else ``hidden_size // num_attention_heads``."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_heads_of(config: PreTrainedConfig) -> int:
+    """Key/value heads: ``config.num_key_value_heads`` where it is set, else as many as query heads."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -1,6 +1,7 @@
 """State dicts between Hugging Face's separate projections and the fused ones, exactly, both ways."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,23 +21,35 @@ class CombinedProjectionStateDictAdapter:
 
     It works on every key whose last projection name is one of these: weights, biases, and LoRA and DoRA tensors of the
     fused projections (``lora_A`` is shared by the parts; ``lora_B`` and the DoRA magnitude hold a row per output).
-    A family with other names or transformations overrides `from_hf` and `to_hf`; the loader and the exporter then go
-    through them.
+    A family whose checkpoints have other names, or keep rows in another order, says so in ``renames``, `qkv_rows` and
+    `gate_up_rows`; one with other transformations overrides `from_hf` and `to_hf`, and the loader and the exporter then
+    go through them.
 
     Args:
         config: reads the head counts, ``head_dim``, ``hidden_size`` and ``tie_word_embeddings``.
 
     Attributes:
         fuses_gate_up: False in the adapter of a family with `PlainMLP`, whose ``up_proj`` stands alone.
+        renames: pairs of dotted fragments, ours and the checkpoint's; see `Layout`.
     """
 
     fuses_gate_up: ClassVar[bool] = True
+    renames: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.qkv = qkv_fusion(heads, kv_heads, head_dim_of(config))
-        self.layout = Layout((self.qkv, GATE_UP) if self.fuses_gate_up else (self.qkv,))
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        self.qkv = self.qkv_rows(qkv_fusion(heads, kv_heads, head_dim_of(config)))
+        gate_up = (self.gate_up_rows(GATE_UP),) if self.fuses_gate_up else ()
+        self.layout = Layout((self.qkv, *gate_up), self.renames)
+
+    def qkv_rows(self, fusion: Fusion) -> Fusion:
+        """How checkpoints keep query, key and value: `stored_as`, `concatenated`, `interleaved`; default: apart."""
+        return fusion
+
+    def gate_up_rows(self, fusion: Fusion) -> Fusion:
+        """How checkpoints keep gate and up: `concatenated`, ...; default: apart."""
+        return fusion
 
     def from_hf(self, hf_state_dict: Mapping[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         """Own state dict from a Hugging Face one (plain tensors or DTensors; the input is left alone).
@@ -48,10 +61,11 @@ class CombinedProjectionStateDictAdapter:
             ValueError: shapes that do not fit the head counts, or LoRA parts that do not share their ``lora_A``.
         """
         located = {key: self.layout.locate(key) for key in hf_state_dict}
-        state_dict: dict[str, Tensor] = {}
+        state_dict: OrderedDict[str, Tensor] = OrderedDict()
+        state_dict._metadata = OrderedDict()  # type: ignore[attr-defined]  # as in what a module's state_dict() gives
         for key, place in located.items():
             if place.fusion is None:
-                state_dict[key] = hf_state_dict[key]
+                state_dict[place.own] = hf_state_dict[key]
             elif place.own not in state_dict:
                 keys = list(self.layout.hf_keys(place.own))
                 if absent := [name for name in keys if name not in hf_state_dict]:
@@ -87,7 +101,7 @@ class CombinedProjectionStateDictAdapter:
             places = self.layout.hf_keys(own)
             fusion = next(iter(places.values())).fusion
             if fusion is None:
-                hf_state_dict[own] = tensor
+                hf_state_dict[next(iter(places))] = tensor
             elif _is_shared(own):
                 hf_state_dict.update({key: tensor.clone() for key in places})
             else:
