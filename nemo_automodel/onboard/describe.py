@@ -16,9 +16,9 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from nemo_automodel.components.models.common.spec import LAYER_TYPES, DecoderSpec, NormSlots
+from nemo_automodel.components.models.common.spec import LAYER_TYPES, NormSlots
 from nemo_automodel.onboard.config_fields import ALTERNATIVES, NEEDED, NotDense, refuse_if_not_dense, unread
-from nemo_automodel.onboard.observe import EPSILON, FIXED, UNSEEN, Facts, observe
+from nemo_automodel.onboard.observe import EPSILON, FIXED, SLOTS, UNSEEN, Facts, observe
 from nemo_automodel.verify.shrink import shrunk
 
 EVERY_LAYER = "full_attention"
@@ -27,8 +27,6 @@ FP32 = 1e-6
 
 Form = tuple[str, Callable[[PreTrainedConfig], Any]]
 """Code of an expression in ``config``, and what it gives."""
-
-_SLOTS = DecoderSpec.__dataclass_fields__
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Family:
     @cached_property
     def slots(self) -> dict[str, str | None]:
         """Slot of `DecoderSpec` -> its code; None where no expression fits all that was observed."""
-        found = {name: self._expression(name) for name in _SLOTS if name != "sliding_window"}
+        found = {name: self._expression(name) for name in SLOTS if name != "sliding_window"}
         if any("sliding_attention" in each.facts["layer_types"] for each in self.observations):
             found["sliding_window"] = "config.sliding_window"
         return found

@@ -22,8 +22,24 @@ from nemo_automodel.verify.shrink import LENGTH
 from nemo_automodel.verify.subject import randomize
 from nemo_automodel.verify.trace import Point, Trace, trace
 
+SLOTS = (
+    "norm_eps",
+    "layer_types",
+    "qkv_bias",
+    "o_bias",
+    "sliding_window",
+    "qk_norm",
+    "attention_scale",
+    "norms",
+    "mlp",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_multiplier",
+)
+"""Slots that are filled from what is seen. What the others of `DecoderSpec` are for is listed, to be filled by hand."""
+
 Facts = dict[str, Any]
-"""By name: the slots of `DecoderSpec`, as values; and the names in `FIXED`."""
+"""By name: the slots in `SLOTS`, as values; and the names in `FIXED`."""
 
 FIXED: dict[str, Any] = {
     "tensors": "as Llama's",
@@ -40,7 +56,7 @@ FIXED: dict[str, Any] = {
     "between last layer and head": "one norm",
     "after the head": "a factor at most",
 }
-"""What the common decoder has no slot for, and its only value there. Anything else has to be written by hand."""
+"""What no slot is filled from, and its value in the plainest decoder. Anything else has to be written by hand."""
 
 EPSILON = 1e-3
 """Relative error of an observed epsilon, which stands beside a mean square."""
@@ -233,8 +249,9 @@ class _Reading:
         return "head" if shape[0] == head_dim_of(self.config) else "full"
 
     def _rope_shape(self) -> tuple[str, str]:
-        cos, width = self.at("model.rotary_emb", "cos"), head_dim_of(self.config)
-        turning = 0 if cos is None else cos.shape[-1]
+        width = head_dim_of(self.config)
+        tables = (x for point, x in self.points.items() if "rotary_emb" in point.module and point.side == "cos")
+        turning = next((cos.shape[-1] for cos in tables), 0)
         nested = any(isinstance(v, dict) for v in (getattr(self.config, "rope_parameters", None) or {}).values())
         channels = FIXED["RoPE channels"] if turning == width else f"{turning} of {width}"
         return channels, "one for each layer type" if nested else FIXED["RoPE tables"]

@@ -36,18 +36,18 @@ _PLACES = {
 
 WHERE = {
     "tensors": "from_hf and to_hf of the state-dict adapter (docs/write-a-model.md)",
-    "norm": "a norm beside RMSNorm in common/norm.py, and a slot for it",
-    "MLP": "an MLP of your own, for the slot mlp",
-    "MLP bias": "an MLP of your own, for the slot mlp",
+    "norm": "the slot norm (NormSpec), or a norm beside RMSNorm in common/norm.py",
+    "MLP": "the slot mlp: a functools.partial of CombinedGateUpMLP or PlainMLP, or an MLP of your own",
+    "MLP bias": "the slot mlp: a functools.partial of CombinedGateUpMLP or PlainMLP, or an MLP of your own",
     "attention": "an attention of your own (examples/hand_written_model.py)",
-    "softcap of the scores": "a slot, read by common/attention.py",
-    "RoPE": "a slot read by common/attention.py; rope_utils.py holds the reference's functions",
-    "RoPE channels": "a slot read by common/decoder.py; rope_utils.py holds the reference's class",
-    "RoPE tables": "a slot read by common/decoder.py; rope_utils.py holds the reference's class",
-    "residual stream": "a slot, read by DecoderLayer",
+    "softcap of the scores": "the slot attention_softcap",
+    "RoPE": "the slot rope (RopeSpec), or rows in another order; rope_utils.py holds the reference's functions",
+    "RoPE channels": "the slot rope: RopeSpec(share=...); rope_utils.py holds the reference's class",
+    "RoPE tables": "the common decoder follows config.rope_parameters; rope_utils.py holds the reference's class",
+    "residual stream": "the slot parallel, or another one, read by DecoderLayer",
     "between embedding and first layer": "forward of a DecoderModel of your own",
     "between last layer and head": "forward of a DecoderModel of your own",
-    "after the head": "forward of the causal-LM class",
+    "after the head": "the slot logits_softcap, or forward of the causal-LM class",
 }
 """What no slot covers -> where to write it."""
 

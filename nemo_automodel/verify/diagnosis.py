@@ -7,6 +7,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -340,12 +341,14 @@ def _scales(scene: Scene) -> Iterable[float]:
 
 
 def _tables(scene: Scene) -> tuple[Tensor, Tensor] | None:
-    """cos and sin ``[B, 1, S, D]`` of the reference, the last ones made before this point."""
+    """cos and sin ``[B, 1, S, D]`` of the reference, the last ones made before this point for its type of layer."""
+    types, layer = getattr(scene.reference.config, "layer_types", None), re.search(r"layers\.(\d+)\.", scene.siblings)
+    others = set(types) - {types[int(layer[1])]} if types and layer else set()
     found: dict[str, Tensor] = {}
     for point, value in scene.expected.items():
         if point == scene.point:
             break
-        if point.side in ("cos", "sin"):
+        if point.side in ("cos", "sin") and point.module.rpartition(".")[2] not in others:
             found[point.side] = value
     return (found["cos"].unsqueeze(1), found["sin"].unsqueeze(1)) if len(found) == 2 else None
 

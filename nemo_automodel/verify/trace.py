@@ -1,5 +1,6 @@
 """What every module of a model takes and gives in one forward pass, under Hugging Face's module names."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,10 +52,11 @@ def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
                 found.update({Point(each, "input"): value.detach() for each in names})
 
         def after(_: Any, args: Any, kwargs: Any, output: Any, names: list[str] = names, fusion: Any = fusion) -> None:
-            if names[0].endswith("rotary_emb"):
-                found.update(
-                    {Point(names[0], side): x.detach() for side, x in zip(("cos", "sin"), output, strict=True)}
-                )
+            if found_rope := re.search(r"rotary_emb(\.\w+)?$", names[0]):
+                # the reference has one module for all layer types, and tells it which; the common decoder has one each
+                kind = next((x for x in (*args, *kwargs.values()) if isinstance(x, str)), None)
+                name = f"{names[0]}.{kind}" if kind and not found_rope[1] else names[0]
+                found.update({Point(name, side): x.detach() for side, x in zip(("cos", "sin"), output, strict=True)})
                 return
             value = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
             if value is None:

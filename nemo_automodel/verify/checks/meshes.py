@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedConfig
 
 from nemo_automodel.components.distributed import fully_shard_layers, parallelize_tensors
-from nemo_automodel.components.models.common.tp_plan import tp_plan_of
+from nemo_automodel.components.models.common.tp_plan import NotCut, tp_plan_of
 from nemo_automodel.components.placement import whole
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.exact import Exact
-from nemo_automodel.verify.outcome import Outcome, bitwise, formula, judge
+from nemo_automodel.verify.outcome import NotApplicable, Outcome, bitwise, formula, judge
 from nemo_automodel.verify.ranks import run_ranks
 from nemo_automodel.verify.shrink import LENGTH
 from nemo_automodel.verify.subject import Subject
@@ -109,6 +109,11 @@ def mesh_check(mesh: Mesh) -> Check:
 
 def same_step(subject: Subject, mesh: Mesh) -> Outcome:
     """Logits, loss, gradients and the parameters after a step of SGD in float64, on every rank; and a saved model."""
+    if mesh.tp > 1:
+        try:
+            tp_plan_of(subject.ours())
+        except NotCut as reason:
+            raise NotApplicable(f"no tensor parallelism: {reason}") from reason
     folder = subject.scratch / mesh.text
     folder.mkdir()
     ids = subject.tokens(ROWS * mesh.data).cpu()

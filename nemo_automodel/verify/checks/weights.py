@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nemo_automodel.components.models.common.tp_plan import tp_plan_of
+from nemo_automodel.components.models.common.tp_plan import layers_plan_of
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.outcome import Outcome, bitwise, judge
 from nemo_automodel.verify.subject import Subject
@@ -80,7 +80,7 @@ def declarations(subject: Subject) -> Outcome:
     model = subject.ours()
     modules = {_starred(name) for name, _ in model.named_modules()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    plan = tp_plan_of(model)
+    plan = layers_plan_of(model)
     problems = [f"_tp_plan[{name!r}] matches no module" for name in plan if name not in modules]
     problems += [f"_pp_plan[{name!r}] matches no module" for name in (model._pp_plan or {}) if name not in modules]
     tied = getattr(model, "_tied_weights_keys", None) or {}

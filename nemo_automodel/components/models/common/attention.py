@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nemo_automodel.components.models.common.backend import BackendConfig, initialize_rms_norm_module
+from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import (
     CombinedQKVAttentionMixin,
     head_dim_of,
+    kv_heads_of,
 )
-from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb
+from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb, query_growth
 from nemo_automodel.components.models.common.spec import DecoderSpec
 
 
@@ -27,6 +29,7 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain tensor operations, softmax in fp32; the reference among the implementations.
@@ -39,6 +42,7 @@ def eager_attention_forward(
         attention_mask: added to the scores, ``[B, 1, S, S_kv]``.
         scaling: factor on the scores.
         dropout: probability of dropping a weight while training.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before the mask.
         **kwargs: ignored; other implementations take more.
 
     Returns:
@@ -47,6 +51,8 @@ def eager_attention_forward(
     groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -62,26 +68,32 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = head_dim_of(config)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
         self.num_key_value_groups = heads // kv_heads
         self.scaling = spec.attention_scale or self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
+        self.softcap = {} if spec.attention_softcap is None else {"softcap": spec.attention_softcap}
+        self.attention_dropout = config.attention_dropout if spec.attention_dropout is None else spec.attention_dropout
         self.is_causal = True  # transformers' sdpa and flash functions read it
         self.sliding_window = spec.sliding_window if spec.layer_types[layer_idx] == "sliding_attention" else None
+        self.rope = spec.rope
+        self.turns = spec.rope.turns(layer_idx)
         self.qk_norm = spec.qk_norm
+        self.qk_norm_after_rope = spec.qk_norm_after_rope
 
         self.setup_qkv_projection(config.hidden_size, heads, kv_heads, self.head_dim, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=spec.o_bias)
         if self.qk_norm is not None:
-            q_heads, k_heads = (heads, kv_heads) if self.qk_norm == "full" else (1, 1)
-            self.q_norm = initialize_rms_norm_module(backend.rms_norm, q_heads * self.head_dim, eps=spec.norm_eps)
-            self.k_norm = initialize_rms_norm_module(backend.rms_norm, k_heads * self.head_dim, eps=spec.norm_eps)
+            for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
+                weight = {"head": self.head_dim, "per_head": (count, self.head_dim), "full": count * self.head_dim}
+                norm = initialize_norm_module(backend.rms_norm, spec.norm, weight[self.qk_norm], eps=spec.norm_eps)
+                self.add_module(name, norm)
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -89,19 +101,23 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
 
         ``attention_mask`` is what transformers' mask functions made for the implementation in use.
         """
-        query, key, value = self.compute_qkv(hidden_states)
-        if self.qk_norm == "full":
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
-        if self.qk_norm == "head":
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in self.compute_qkv(hidden_states))
+        if self.qk_norm is not None and not self.qk_norm_after_rope:
+            query, key = self._normed("q_norm", query), self._normed("k_norm", key)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.turns:
+            assert position_embeddings is not None
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, fp32=self.rope.fp32_rotation)
+        if self.qk_norm is not None and self.qk_norm_after_rope:
+            query = self._normed("q_norm", query.transpose(1, 2)).transpose(1, 2)
+            key = self._normed("k_norm", key.transpose(1, 2)).transpose(1, 2)
+        if self.rope.query_growth is not None:
+            assert position_ids is not None
+            query = query * query_growth(position_ids, *self.rope.query_growth).to(query.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
+        output, weights = self._attention_function()(
             self,
             query,
             key,
@@ -110,6 +126,27 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            position_ids=position_ids,
+            **self.softcap,
             **kwargs,
         )
         return self.o_proj(output.flatten(2).contiguous()), weights
+
+    def _normed(self, name: str, heads: Tensor) -> Tensor:
+        """``[B, S, heads, D]``, normalised over each head or over all of them."""
+        norm = self.get_submodule(name)
+        return norm(heads.flatten(2)).unflatten(-1, (-1, self.head_dim)) if self.qk_norm == "full" else norm(heads)
+
+    def _attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """transformers' function of that name.
+
+        Raises:
+            ValueError: it would leave the softcap out.
+        """
+        name = self.config._attn_implementation
+        if self.softcap and name not in (None, "eager", "flex_attention") and "flash" not in name:
+            raise ValueError(
+                f"attn_implementation={name!r} has no softcap on the scores, which this model needs "
+                f"({self.softcap['softcap']}): use 'eager' or 'flex_attention'"
+            )
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)

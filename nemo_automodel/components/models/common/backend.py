@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from nemo_automodel.components.models.common.norm import RMSNorm
+from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
 
 _TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 
@@ -130,6 +130,30 @@ def initialize_rms_norm_module(
     if rms_norm_impl not in CHOICES["rms_norm"]:
         raise ValueError(f"rms_norm_impl={rms_norm_impl!r} is not one of {CHOICES['rms_norm']}")
     return RMSNorm(dim, eps=eps, fp32=rms_norm_impl == "torch_fp32", device=device, dtype=dtype)
+
+
+def initialize_norm_module(
+    rms_norm_impl: str, spec: NormSpec, dim: int | tuple[int, ...], eps: float = 1e-5
+) -> nn.Module:
+    """A norm over the last dimension, of the kind that ``spec`` says.
+
+    Args:
+        rms_norm_impl: as for `initialize_rms_norm_module`, which builds the plain kind.
+        spec: the kind.
+        dim: shape of the weight; a pair is a weight for each head.
+        eps: added to the mean square, or to the variance.
+
+    Raises:
+        ValueError: an implementation that does not have this kind.
+    """
+    if spec == NormSpec() and isinstance(dim, int):
+        return initialize_rms_norm_module(rms_norm_impl, dim, eps=eps)
+    if rms_norm_impl not in ("torch", "torch_fp32"):
+        weights = "" if isinstance(dim, int) else ", with a weight for each head"
+        raise ValueError(f"backend.rms_norm={rms_norm_impl!r} has no {spec}{weights}; use backend.rms_norm='torch'")
+    fp32 = spec.fp32 or rms_norm_impl == "torch_fp32"
+    norm = RMSNorm if spec.kind == "rms" else LayerNorm
+    return norm(dim, eps=eps, fp32=fp32, bias=spec.bias, offset=spec.offset, initial=spec.initial)
 
 
 def initialize_linear_module(

@@ -7,8 +7,11 @@ Shapes: B batch, S sequence, V vocabulary.
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import XIELUActivation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,30 +20,33 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from nemo_automodel.components.models.common.attention import DecoderAttention
-from nemo_automodel.components.models.common.backend import BackendConfig, initialize_rms_norm_module
+from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
     CombinedProjectionStateDictAdapter,
 )
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
-from nemo_automodel.components.models.common.rope import RotaryEmbedding
+from nemo_automodel.components.models.common.norm import LayerNorm, RMSNorm
+from nemo_automodel.components.models.common.rope import RotaryEmbeddings, rotary_embedding
 from nemo_automodel.components.models.common.spec import DecoderSpec
-from nemo_automodel.components.models.common.tp_plan import tp_plan_of
+from nemo_automodel.components.models.common.tp_plan import layers_plan_of
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Layer type -> the function of transformers that makes its attention mask (and finds packed documents)."""
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each between its norms, each added to the residual stream."""
+    """Attention and MLP, each between its norms, added to the residual stream one after the other or together."""
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, layer_idx: int, backend: BackendConfig):
         super().__init__()
         self.self_attn = DecoderAttention(config, spec, layer_idx, backend)
         self.mlp = spec.mlp(config)
         self.norms = spec.norms
+        self.parallel = spec.parallel
         self.residual_multiplier = spec.residual_multiplier
+        self.residual_dropout = spec.residual_dropout
         for name in self.norms.names():
-            norm = initialize_rms_norm_module(backend.rms_norm, config.hidden_size, eps=spec.norm_eps)
+            norm = initialize_norm_module(backend.rms_norm, spec.norm, config.hidden_size, eps=spec.norm_eps)
             self.add_module(name, norm)
 
     def forward(
@@ -54,23 +60,31 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor:
         """``[B, S, hidden] -> [B, S, hidden]``."""
+        normed = self._norm(self.norms.before_attention, hidden_states)
         attended, _ = self.self_attn(
-            hidden_states=self._norm(self.norms.before_attention, hidden_states),
+            hidden_states=normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + self._scaled(self._norm(self.norms.after_attention, attended))
+        attended = self._branch(self.norms.after_attention, attended)
+        if self.parallel:
+            if self.norms.before_mlp != self.norms.before_attention:
+                normed = self._norm(self.norms.before_mlp, hidden_states)
+            return hidden_states + (attended + self._branch(self.norms.after_mlp, self.mlp(normed)))
+        hidden_states = hidden_states + attended
         fed_forward = self.mlp(self._norm(self.norms.before_mlp, hidden_states))
-        return hidden_states + self._scaled(self._norm(self.norms.after_mlp, fed_forward))
+        return hidden_states + self._branch(self.norms.after_mlp, fed_forward)
 
     def _norm(self, name: str | None, hidden_states: Tensor) -> Tensor:
         return hidden_states if name is None else self._modules[name](hidden_states)
 
-    def _scaled(self, branch: Tensor) -> Tensor:
-        return branch if self.residual_multiplier == 1.0 else branch * self.residual_multiplier
+    def _branch(self, norm: str | None, output: Tensor) -> Tensor:
+        """What attention or MLP gives, as it is added to the residual stream."""
+        output = F.dropout(self._norm(norm, output), self.residual_dropout, self.training)
+        return output if self.residual_multiplier == 1.0 else output * self.residual_multiplier
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -96,6 +110,15 @@ class DecoderPreTrainedModel(PreTrainedModel):
         """The family's differences, read from its config."""
         raise TypeError("a family of the common decoder defines decoder_spec(config)")
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RMSNorm | LayerNorm):
+            init.constant_(module.weight, module.initial)
+        elif isinstance(module, XIELUActivation):  # which transformers fills from checkpoints only
+            for name, value in XIELUActivation(dtype=module.alpha_p.dtype).state_dict().items():
+                init.copy_(getattr(module, name), value)
+
 
 class DecoderModel(DecoderPreTrainedModel):
     """Embeddings, layers, final norm and RoPE."""
@@ -103,19 +126,20 @@ class DecoderModel(DecoderPreTrainedModel):
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, backend: BackendConfig):
         super().__init__(config)
         self.spec = spec
+        self.embedding_dropout = spec.embedding_dropout
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             DecoderLayer(config, spec, layer_idx, backend) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = initialize_rms_norm_module(backend.rms_norm, config.hidden_size, eps=spec.norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.norm = initialize_norm_module(backend.rms_norm, spec.norm, config.hidden_size, eps=spec.norm_eps)
+        self.rotary_emb = rotary_embedding(config, spec.rope)
         self.gradient_checkpointing = False
         self.post_init()
 
     def init_parallel_plans(self) -> None:
         # transformers would copy the config's plan, which names the separate projections that do not exist here
         super().init_parallel_plans()
-        self._tp_plan = tp_plan_of(self)
+        self._tp_plan = layers_plan_of(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the backbone alone would be saved under names that nothing else reads."""
@@ -163,10 +187,8 @@ class DecoderModel(DecoderPreTrainedModel):
 
         # transformers looks for packed documents only where it is given no cache; one made just now is empty
         masks = self._masks(inputs_embeds, attention_mask, cached, position_ids)
-        hidden_states = inputs_embeds
-        if self.spec.embedding_multiplier != 1.0:
-            hidden_states = hidden_states * self.spec.embedding_multiplier
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states = self._first_hidden_states(inputs_embeds)
+        position_embeddings = self._position_embeddings(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.spec.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
@@ -174,12 +196,28 @@ class DecoderModel(DecoderPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                position_embeddings=position_embeddings,
+                position_embeddings=position_embeddings[layer_type],
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _first_hidden_states(self, inputs_embeds: Tensor) -> Tensor:
+        factor = self.spec.embedding_multiplier
+        if self.spec.embedding_multiplier_rounded:
+            inputs_embeds = inputs_embeds * torch.tensor(factor, dtype=inputs_embeds.dtype)
+        elif factor != 1.0:
+            inputs_embeds = inputs_embeds * factor
+        return F.dropout(inputs_embeds, self.embedding_dropout, self.training)
+
+    def _position_embeddings(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        """cos and sin for each layer type; None where no layer turns its queries and keys."""
+        types = sorted(set(self.spec.layer_types))
+        if isinstance(self.rotary_emb, RotaryEmbeddings):
+            return {layer_type: self.rotary_emb[layer_type](hidden_states, position_ids) for layer_type in types}
+        tables = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        return dict.fromkeys(types, tables)
 
     def _masks(
         self,
@@ -286,6 +324,8 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         if self.model.spec.logits_multiplier != 1.0:
             logits = logits * self.model.spec.logits_multiplier
+        if (cap := self.model.spec.logits_softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,41 +1,109 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4)."""
+"""Norms: root mean square (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4) and layer normalisation.
+
+Statistics are in fp32 and the output is in the input's dtype, whatever the weight's is.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in fp32, output in ``x``'s dtype.
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """What kind of norm a family has.
 
-    Args:
-        dim: size of the last dimension; the weight's shape is ``[dim]``.
-        eps: added to the mean square.
-        fp32: upcast input and weight, so that a weight kept in higher precision than ``x`` is not rounded first.
-        device: where the weight lives.
-        dtype: the weight's dtype.
+    Attributes:
+        kind: root mean square, or layer normalisation, which takes the mean off first.
+        bias: whether one is added (layer normalisation only).
+        offset: added to the weight: 1 where checkpoints hold the difference from one.
+        fp32: multiply by the weight in fp32 and round once; otherwise the weight is rounded to the input's dtype first.
+        initial: what the weight starts at.
+
+    Raises:
+        ValueError: a kind that there is not, or a root mean square with a bias.
     """
+
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
+    offset: float = 0.0
+    fp32: bool = False
+    initial: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("rms", "layer"):
+            raise ValueError(f"norm.kind={self.kind!r} is not one of 'rms', 'layer'")
+        if self.bias and self.kind == "rms":
+            raise ValueError("norm.bias=True: only a layer norm has a bias")
+
+
+class _Norm(nn.Module):
+    """What both share: a weight, the number added to it, and where it is rounded."""
 
     def __init__(
         self,
-        dim: int,
+        dim: int | tuple[int, ...],
         eps: float = 1e-5,
         fp32: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = False,
+        offset: float = 0.0,
+        initial: float = 1.0,
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        shape = (dim,) if isinstance(dim, int) else dim
+        self.weight = nn.Parameter(torch.full(shape, initial, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros_like(self.weight)) if bias else None
         self.eps = eps
         self.fp32 = fp32
+        self.offset = offset
+        self.initial = initial
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise ``[..., dim]``."""
-        if self.fp32:
-            normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
-            return normed.to(hidden_states.dtype)
-        # torch's kernel reduces low-precision input in fp32 and casts once, after the weight
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
+        """Normalise over the last dimension of ``[..., *dim]``."""
+        dtype = torch.float32 if self.fp32 else hidden_states.dtype
+        weight = self.weight.to(dtype) if self.fp32 else self.weight
+        weight = (weight + self.offset if self.offset else weight).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if weight.ndim == 1:
+            normed = self._normed(hidden_states.to(dtype), weight, bias)
+        else:  # a weight for each head, where torch would take heads and channels for one norm
+            normed = self._normed(hidden_states.to(dtype), None, None) * weight + (0 if bias is None else bias)
+        return normed.to(hidden_states.dtype)
+
+    def _normed(self, hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}, fp32={self.fp32}"
+        shape = ", ".join(map(str, self.weight.shape))
+        return f"{shape}, eps={self.eps}, fp32={self.fp32}" + f", offset={self.offset}" * bool(self.offset)
+
+
+class RMSNorm(_Norm):
+    """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension.
+
+    Args:
+        dim: shape of the weight: the size of the last dimension, or of the last two (a weight for each head).
+        eps: added to the mean square.
+        fp32: upcast input and weight, so that a weight kept in higher precision than ``x`` is not rounded first.
+        device: where the weight lives.
+        dtype: the weight's dtype.
+        bias: whether to add one, of the weight's shape; a `LayerNorm` only.
+        offset: added to the weight.
+        initial: what the weight starts at.
+    """
+
+    def _normed(self, hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        # torch's kernel reduces low-precision input in fp32 and casts once, after the weight
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, self.eps)
+
+
+class LayerNorm(_Norm):
+    """``(x - mean(x)) / sqrt(var(x) + eps) * (weight + offset) + bias``; the arguments are `RMSNorm`'s."""
+
+    def _normed(self, hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], weight, bias, self.eps)

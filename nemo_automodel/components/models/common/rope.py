@@ -1,5 +1,9 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), half-split, every type that transformers knows."""
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +14,46 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of
 
 
-def default_inverse_frequencies(config: PreTrainedConfig, **kwargs: Any) -> tuple[Tensor, float]:
-    """``theta^(-2i/d)`` for ``i < d/2`` (fp32 ``[d/2]``), and the factor 1.0 on cos and sin."""
-    dim = head_dim_of(config)
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """How a family turns its queries and keys; which frequencies, the config's ``rope_parameters`` say.
+
+    Attributes:
+        layers: whether each layer's queries and keys turn; None: all do.
+        share: of a head's channels, the part that turns, with ``rope_type`` "default" (transformers' functions for the
+            other types read ``partial_rotary_factor`` themselves).
+        frequencies: the family's own function of the config, which gives the inverse frequencies and the factor on
+            cos and sin, whatever ``rope_type`` says and the sequence length is.
+        fp32_tables: keep cos and sin in fp32, which makes the rotation one in fp32.
+        fp32_rotation: turn queries and keys in fp32, and round once.
+        query_growth: ``(beta, length)``: queries are multiplied by ``1 + beta * log(1 + floor(position / length))``.
+    """
+
+    layers: tuple[bool, ...] | None = None
+    share: float = 1.0
+    frequencies: Callable[[PreTrainedConfig], tuple[Tensor, float]] | None = None
+    fp32_tables: bool = False
+    fp32_rotation: bool = False
+    query_growth: tuple[float, int] | None = None
+
+    def turns(self, layer_idx: int) -> bool:
+        """Whether the layer's queries and keys turn."""
+        return self.layers is None or self.layers[layer_idx]
+
+
+def default_inverse_frequencies(config: PreTrainedConfig, share: float = 1.0, **kwargs: Any) -> tuple[Tensor, float]:
+    """``theta^(-2i/d)`` for ``i < d/2`` (fp32 ``[d/2]``, ``d`` channels turn), and the factor 1.0 on cos and sin."""
+    dim = int(head_dim_of(config) * share)
     exponent = torch.arange(0, dim, 2, dtype=torch.float) / dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+
+def rotary_embedding(config: PreTrainedConfig, spec: RopeSpec) -> "RotaryEmbedding | RotaryEmbeddings | None":
+    """The tables of a model: one for all layers, or one for each layer type where the config says so; None: no RoPE."""
+    if spec.layers is not None and not any(spec.layers):
+        return None
+    nested = any(isinstance(value, dict) for value in config.rope_parameters.values())
+    return RotaryEmbeddings(config, spec) if nested else RotaryEmbedding(config, spec)
 
 
 class RotaryEmbedding(nn.Module):
@@ -26,6 +65,7 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         config: a config with ``rope_parameters`` and ``max_position_embeddings``.
+        spec: what differs from Llama's.
 
     Raises:
         ValueError: a ``rope_type`` that transformers does not know.
@@ -33,14 +73,17 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
     original_inv_freq: Tensor
-    compute_default_rope_parameters = staticmethod(default_inverse_frequencies)
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, spec: RopeSpec = RopeSpec()):
         super().__init__()
         self.config = config
+        self.fp32_tables = spec.fp32_tables
+        # transformers calls it as well, to fill the buffers of a model that was built on the meta device
+        default = spec.frequencies or partial(default_inverse_frequencies, share=spec.share)
+        self.compute_default_rope_parameters = default
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        known = {"default": default_inverse_frequencies, **ROPE_INIT_FUNCTIONS}
+        self.rope_type = config.rope_parameters["rope_type"] if spec.frequencies is None else "default"
+        known = {"default": default, **ROPE_INIT_FUNCTIONS}
         if self.rope_type not in known:
             raise ValueError(f"rope_parameters.rope_type={self.rope_type!r} is not one of {', '.join(sorted(known))}")
         inv_freq, self.attention_scaling = known[self.rope_type](config)
@@ -59,12 +102,24 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[batch, seq, rotary_dim]``, in ``hidden_states``' dtype, for positions ``[batch, seq]``."""
+        """cos and sin ``[batch, seq, rotary_dim]``, in ``hidden_states``' dtype or fp32, for ``[batch, seq]``."""
         inv_freq = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
-        scale = self.attention_scaling
-        return (angles.cos() * scale).to(hidden_states.dtype), (angles.sin() * scale).to(hidden_states.dtype)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return (cos, sin) if self.fp32_tables else (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
+
+
+class RotaryEmbeddings(nn.ModuleDict):
+    """A `RotaryEmbedding` for each layer type, of a config whose ``rope_parameters`` are a dict of them."""
+
+    def __init__(self, config: PreTrainedConfig, spec: RopeSpec):
+        tables = {}
+        for layer_type in sorted(set(config.layer_types)):
+            of_type = copy.copy(config)  # so that everything below it reads flat parameters
+            of_type.rope_parameters = config.rope_parameters[layer_type]
+            tables[layer_type] = RotaryEmbedding(of_type, spec)
+        super().__init__(tables)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -73,13 +128,20 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-x2, x1), dim=-1)
 
 
-def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, fp32: bool = False) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys ``[batch, heads, seq, head_dim]`` by ``cos``/``sin`` ``[batch, seq, rotary_dim]``.
 
-    With ``rotary_dim < head_dim`` only the first ``rotary_dim`` channels turn.
+    With ``rotary_dim < head_dim`` only the first ``rotary_dim`` channels turn. With ``fp32``, or tables in fp32, the
+    rotation is in fp32; what is returned is in the dtypes of ``q`` and ``k``.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    turned_q, turned_k = (_rotate(x.float() if fp32 else x, cos, sin).to(x.dtype) for x in (q, k))
+    return turned_q, turned_k
+
+
+def query_growth(position_ids: Tensor, beta: float, length: int) -> Tensor:
+    """``1 + beta * log(1 + floor(position / length))``, ``[batch, 1, seq, 1]`` for positions ``[batch, seq]``."""
+    return (1 + beta * torch.log(1 + torch.floor(position_ids / length)))[:, None, :, None]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

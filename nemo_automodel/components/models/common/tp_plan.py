@@ -16,12 +16,39 @@ LAYER_TP_PLAN = {
 """What every layer cuts, by the names that the pattern gives it."""
 
 
+class NotCut(ValueError):
+    """A model has something that the plan would cut wrongly; the message names it."""
+
+
 def tp_plan_of(model: nn.Module) -> dict[str, str]:
     """What the class declares as its ``_tp_plan``, and `LAYER_TP_PLAN` for what of it the model has.
 
     Not the plan that transformers puts together (``model.tp_plan``): where a backbone does not set its own, that one
     names the separate projections, which do not exist here.
+
+    Raises:
+        NotCut: the layers have parameters that would be whole beside activations that are not (xIELU's, norms with a
+            weight for each head), or dropout of whole activations, of which each rank would draw its own.
     """
+    plan = layers_plan_of(model)
+    for name, parameter in model.named_parameters():
+        if re.search(r"layers\.\d+\.mlp\.act_fn\.", name):
+            raise NotCut(
+                f"{name}, of the activation, would learn from one rank's channels only: there is no plan for it"
+            )
+        if re.search(r"layers\.\d+\.self_attn\.[qk]_norm\.", name) and parameter.ndim > 1:
+            raise NotCut(
+                f"{name} has a row for each head, of which each rank has some: there is no plan for such norms"
+            )
+    for name, module in model.named_modules():
+        for dropout in ("residual_dropout", "embedding_dropout"):
+            if getattr(module, dropout, 0.0) > 0:
+                raise NotCut(f"{dropout} > 0 in {name}: each rank would drop other channels; set it to 0 in the config")
+    return plan
+
+
+def layers_plan_of(model: nn.Module) -> dict[str, str]:
+    """The same, whether it is right or not."""
     modules = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.named_modules()}
     layers = {
         name: style
