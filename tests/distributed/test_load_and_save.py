@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from nemo_automodel import NeMoAutoModelForCausalLM
-from nemo_automodel.components.checkpoint import SafetensorsReader, writing
+from nemo_automodel.components.checkpoint import SafetensorsReader, write_shards, writing
 from nemo_automodel.components.layout import Fusion
-from nemo_automodel.components.together import AnotherRankFailed
+from nemo_automodel.components.together import AnotherRankFailed, Together
 from tests.conftest import randomize, tiny
 from tests.distributed.meshes import sharding
 from tests.distributed.ranks import run_ranks
@@ -100,7 +101,7 @@ def _save_failing_on_rank_1(source: Path, target: Path, where: str) -> str:
     model = NeMoAutoModelForCausalLM.from_pretrained(source, prepare=sharding("fsdp=2"))
     if dist.get_rank() == 1:
         if where == "on the way to the host":
-            writing.whole = lambda tensor: SimpleNamespace(to=_no_space)
+            writing.whole = lambda tensor: SimpleNamespace(nbytes=0, to=_no_space)
         else:
             holder, name = (Fusion, "split") if where == "while splitting" else (writing, "save_file")
             setattr(holder, name, _no_space)
@@ -120,3 +121,20 @@ def test_a_rank_that_cannot_write_stops_all_and_nothing_is_published(tmp_path: P
     assert its_own == "no space left on device"
     assert "another rank failed" in others
     assert not list(tmp_path.glob("*saved*"))
+
+
+def _write_sharded_tensors(folder: Path) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    sizes = [4, 8, 12, 16, 20]  # a shard each
+    tensors = [(str(size), distribute_tensor(torch.ones(size), mesh, [Shard(0)])) for size in sizes]
+    if dist.get_rank() == 1:
+        writing.save_file = _no_space
+    with pytest.raises((OSError, AnotherRankFailed)) as raised:
+        write_shards(folder, tensors, 1, Together())
+    return str(raised.value)
+
+
+def test_a_rank_that_could_not_write_gathers_the_tensor_in_hand_too(tmp_path: Path) -> None:
+    others, its_own = run_ranks(2, _write_sharded_tensors, tmp_path, timeout=30)
+    assert its_own == "no space left on device"
+    assert "another rank failed" in others

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
@@ -54,10 +55,9 @@ def write_shards(
             for number, members in groupby(remaining, key=itemgetter(0)):
                 shards.append([])
                 mine: dict[str, Tensor] = {}
-                for _, name, tensor in members:
+                for _, name, value in members:
                     shards[-1].append(name)
-                    total += tensor.numel() * tensor.element_size()
-                    value = whole(tensor)
+                    total += value.nbytes
                     if number % together.size == together.rank:
                         mine[name] = value.to("cpu").contiguous()
                 if mine:
@@ -73,22 +73,22 @@ def write_shards(
         try:
             write_mine()
         finally:  # a rank that could not write gathers on, so that the others do not wait for it for ever
-            for _, _, tensor in remaining if together.size > 1 else ():
-                whole(tensor)
+            if together.size > 1:
+                deque(remaining, maxlen=0)
 
     together.run(write_mine_and_gather_all)
     together.run(lambda: _name_shards(folder, shards, total), everywhere=False)
 
 
 def _numbered(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[tuple[int, str, Tensor]]:
-    """The number of each tensor's shard, its name and itself."""
+    """The number of each tensor's shard, its name and its whole value: who takes it has gathered it."""
     number = size = 0
     for name, tensor in tensors:
         nbytes = tensor.numel() * tensor.element_size()
         if size and size + nbytes > limit:
             number, size = number + 1, 0
         size += nbytes
-        yield number, name, tensor
+        yield number, name, whole(tensor)
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
