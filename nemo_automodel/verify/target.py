@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,11 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from nemo_automodel._transformers import registry
+from nemo_automodel.components.checkpoint import CheckpointError, SafetensorsReader
+from nemo_automodel.components.checkpoint.reading import INDEX, SINGLE
 from nemo_automodel.verify.shrink import shrunk
+
+_OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 
 
 class TargetError(ValueError):
@@ -31,6 +36,7 @@ class Target:
         config: the config as given.
         tiny: a small config with the same features, which most checks run on.
         checkpoint: folder of the real weights, None where there are none.
+        unread: why weights that the folder does hold are not verified.
         changed: what `tiny` changed, ``"field: old -> new"``.
     """
 
@@ -40,6 +46,7 @@ class Target:
     config: PreTrainedConfig
     tiny: PreTrainedConfig
     checkpoint: Path | None = None
+    unread: str = ""
     changed: tuple[str, ...] = ()
 
     @classmethod
@@ -51,6 +58,7 @@ class Target:
         reference: str | type | None = None,
         name: str | None = None,
         checkpoint: Path | None = None,
+        unread: str = "",
     ) -> "Target":
         """An implementation at hand, for ``config``.
 
@@ -60,6 +68,7 @@ class Target:
             reference: a class or its name; default: transformers' of the config's architecture.
             name: in reports; default: the class's.
             checkpoint: folder of real weights.
+            unread: why other weights, which are there, are not verified.
 
         Raises:
             TargetError: no reference for it, or not a causal language model.
@@ -75,6 +84,7 @@ class Target:
             config=config,
             tiny=tiny,
             checkpoint=checkpoint,
+            unread=unread,
             changed=tuple(changed),
         )
 
@@ -103,8 +113,15 @@ def find_target(target: str | Path, config: str | Path | None = None, reference:
         if config is not None:
             raise TargetError(f"{path} has its own config; --config goes with an architecture or a model.py")
         found = _read_config(path)
-        checkpoint = path if path.is_dir() and any(path.glob("*.safetensors")) else None
-        return Target.of(_registered(found, path), found, reference=reference, name=str(target), checkpoint=checkpoint)
+        checkpoint, unread = _weights(path) if path.is_dir() else (None, "")
+        return Target.of(
+            _registered(found, path),
+            found,
+            reference=reference,
+            name=str(target),
+            checkpoint=checkpoint,
+            unread=unread,
+        )
     architecture = str(target)
     model_class: Any = registry.resolve(architecture)
     if model_class is None:
@@ -113,6 +130,19 @@ def find_target(target: str | Path, config: str | Path | None = None, reference:
         )
     given = _read_config(Path(config)) if config is not None else _grouped(model_class.config_class())
     return Target.of(model_class, given, reference=reference, name=architecture)
+
+
+def _weights(folder: Path) -> tuple[Path | None, str]:
+    """``folder`` where it holds a checkpoint; else None, and why weights that it holds in another form are not read."""
+    if any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)):
+        return folder, ""
+    others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in folder.glob(pattern))
+    if others:
+        try:
+            SafetensorsReader(folder)
+        except CheckpointError as reason:
+            return None, f"{others[0]} is not verified: {reason}"
+    return None, ""
 
 
 def _grouped(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -126,6 +126,16 @@ def test_only_folders_with_weights_have_these_checks(tmp_path: Path) -> None:
     assert groups[0] - groups[1] == {"real weights"}
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.safetensors"])
+def test_weights_that_are_not_read_are_one_row_that_says_so(tmp_path: Path, name: str) -> None:
+    (save(tmp_path) / "model.safetensors").rename(tmp_path / name)
+    target = find_target(tmp_path)
+    assert target.checkpoint is None
+    (check,) = (check for check in all_checks(target) if check.group == "real weights")
+    with Subject(target) as subject, pytest.raises(NotApplicable, match=f"{name} is not verified: .* holds "):
+        check.run(subject)
+
+
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
 def test_speed_compares_a_wider_model_of_the_same_structure(architecture: str) -> None:
     with Subject(find_target(architecture)) as subject:

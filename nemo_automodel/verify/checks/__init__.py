@@ -9,19 +9,18 @@ from nemo_automodel.verify.target import Target
 
 
 def all_checks(target: Target, meshes: Sequence[str] = ()) -> list[Check]:
-    """The checks of every model, those of real weights where ``target`` has some, and those of the meshes asked for.
+    """The checks of every model, those of ``target``'s own weights, and those of the meshes asked for.
 
     Raises:
         ValueError: a mesh that cannot be.
     """
-    real = checkpoint.CHECKS if target.checkpoint is not None else []
     on_ranks = [mesh_check(parse_mesh(text, target.tiny)) for text in dict.fromkeys(meshes)]
     return [
         *weights.CHECKS,
         *modules.CHECKS,
         *end_to_end.CHECKS,
         *adapters.CHECKS,
-        *real,
+        *checkpoint.real_weights(target),
         *on_ranks,
         *speed.CHECKS,
     ]

@@ -20,6 +20,7 @@ from nemo_automodel.verify.exact import Exact
 from nemo_automodel.verify.outcome import Difference, NotApplicable, Outcome, bitwise, judge
 from nemo_automodel.verify.shrink import LENGTH
 from nemo_automodel.verify.subject import Subject
+from nemo_automodel.verify.target import Target
 
 EXACT_PARAMETERS = 2e8
 """Models below this are run in float64 too: minutes, and eight bytes a parameter, are too much above it."""
@@ -166,6 +167,17 @@ CHECKS = [
     Check("real weights", "logits", real_logits),
     Check("real weights", "greedy tokens", real_greedy_tokens),
 ]
+
+
+def real_weights(target: Target) -> list[Check]:
+    """The checks of ``target``'s checkpoint; one that says why, where there are weights that are not read; or none."""
+    if target.checkpoint is not None:
+        return CHECKS
+
+    def unread(subject: Subject) -> Outcome:
+        raise NotApplicable(target.unread)
+
+    return [Check("real weights", "all", unread)] if target.unread else []
 
 
 def _rms(values: Tensor) -> float:
