@@ -110,7 +110,7 @@ def rounding(name: str, actual: Tensor, reference: Tensor, truth: Tensor) -> Dif
 def bitwise(name: str, actual: Tensor, expected: Tensor) -> Difference:
     """Equal in every bit, or not."""
     same = actual.dtype == expected.dtype and actual.shape == expected.shape
-    same = same and torch.equal(actual.view(torch.uint8).flatten(), expected.view(torch.uint8).flatten())
+    same = same and torch.equal(actual.flatten().view(torch.uint8), expected.flatten().view(torch.uint8))
     return Difference(name, 0.0 if same else largest(actual, expected) or math.inf, 0.0)
 
 

@@ -52,6 +52,7 @@ class Report:
         device: where it ran.
         shrunk: how the tiny config differs from the given one.
         results: in the order of the checks.
+        not_run: how many checks were left out since the model does not load.
     """
 
     target: str
@@ -61,6 +62,7 @@ class Report:
     device: str
     shrunk: tuple[str, ...]
     results: tuple[Result, ...]
+    not_run: int = 0
 
     @property
     def passed(self) -> bool:
@@ -79,7 +81,7 @@ class Report:
         verdict = "verified" if self.passed else "NOT verified"
         return (
             f"{verdict}: {counts['pass']} passed, {counts['FAIL']} failed, {counts['n/a']} not applicable, "
-            f"in {seconds:.0f} s"
+            f"in {seconds:.0f} s" + (f"; {self.not_run} not run, since the model does not load" if self.not_run else "")
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -16,25 +16,28 @@ _NOT_KEPT = ("model_type", "transformers_version", "quantization_config")  # ran
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def shrunk(config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[str]]:
+def shrunk(config: PreTrainedConfig, *, keep_rope: bool = False) -> tuple[PreTrainedConfig, list[str]]:
     """A copy of ``config`` with small sizes; and what was changed, ``"field: old -> new"``.
 
     Kept are all flags, and the relations between sizes that select code: grouped heads, a head_dim that is not
-    hidden_size / heads, layer patterns (the first layers, until every kind has come up), windows (shorter than the
-    sample), scaled RoPE (its original length is longer than the sample), tied or untied embeddings.
+    hidden_size / heads, a layer of every kind, windows (shorter than the sample), scaled RoPE (its original length is
+    longer than the sample), tied or untied embeddings.
+
+    Args:
+        config: of any size; it is left alone.
+        keep_rope: keep head_dim, context lengths and RoPE as they are, so that its frequencies are the real ones.
     """
     before = config.to_dict()
-    sizes = _sizes(config)
+    layers = _layers(config)
+    sizes = _sizes(config, keep_rope) | {"num_hidden_layers": len(layers)}
     tiny = copy.deepcopy(config)
-    old_layers = config.num_hidden_layers
     for name, value in sizes.items():
         setattr(tiny, name, value)
-    for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == old_layers and name != "architectures":
-            setattr(tiny, name, type(value)(value[: tiny.num_hidden_layers]))
+    for name, values in _by_layer(config).items():
+        setattr(tiny, name, type(values)(values[layer] for layer in layers))
     for name in _SPECIAL_TOKENS:
         setattr(tiny, name, _small_token(getattr(config, name, None)))
-    if (rope := getattr(config, "rope_parameters", None)) is not None:
+    if (rope := getattr(config, "rope_parameters", None)) is not None and not keep_rope:
         tiny.rope_parameters = _small_rope(copy.deepcopy(rope), tiny)
     # what the class derives from its fields (and checks between them) is derived again
     fields = {name: value for name, value in tiny.to_dict().items() if name not in _NOT_KEPT}
@@ -48,46 +51,51 @@ def _short(value: Any) -> str:
     return f"{len(value)} entries" if isinstance(value, list | tuple) and len(value) > 3 else str(value)
 
 
-def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
+def _sizes(config: PreTrainedConfig, keep_rope: bool) -> dict[str, Any]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     # four groups of heads at most, so that meshes of two and four can be tried; groups of three show what two hide
     kv = min(kv_heads, 2 if kv_heads < heads else 4)
-    group = min(heads // kv_heads, 3)
-    tiny_heads = kv * group
+    tiny_heads = kv * min(heads // kv_heads, 3)
     own = getattr(config, "head_dim", None)
+    head_dim = (own or config.hidden_size // heads) if keep_rope else HEAD_DIM
     apart = own is not None and own * heads != config.hidden_size
-    hidden = tiny_heads * HEAD_DIM + (HEAD_DIM // 2 if apart else 0)
-    sizes: dict[str, Any] = {
-        "num_hidden_layers": _layers(config),
-        "num_attention_heads": tiny_heads,
-        "hidden_size": hidden,
-        "vocab_size": VOCABULARY,
-    }
+    hidden = tiny_heads * (HEAD_DIM // 2 * 3 if apart else head_dim)
+    sizes: dict[str, Any] = {"num_attention_heads": tiny_heads, "hidden_size": hidden, "vocab_size": VOCABULARY}
     if getattr(config, "num_key_value_heads", None) is not None:
         sizes["num_key_value_heads"] = kv
     if own is not None:
-        sizes["head_dim"] = HEAD_DIM
+        sizes["head_dim"] = head_dim
     for name in ("intermediate_size", "shared_intermediate_size"):
         if isinstance(getattr(config, name, None), int):
             sizes[name] = 2 * hidden + 4
     if getattr(config, "sliding_window", None):
         sizes["sliding_window"] = min(config.sliding_window, 6)
     if getattr(config, "max_window_layers", None) is not None:
-        sizes["max_window_layers"] = min(config.max_window_layers, sizes["num_hidden_layers"] - 1)
-    sizes["max_position_embeddings"] = min(config.max_position_embeddings, 2 * LENGTH)
+        sizes["max_window_layers"] = min(config.max_window_layers, 1)
+    if not keep_rope:
+        sizes["max_position_embeddings"] = min(config.max_position_embeddings, 2 * LENGTH)
     return sizes
 
 
-def _layers(config: PreTrainedConfig) -> int:
-    """The first layers, until every kind of every per-layer list has come up; two at least."""
+def _by_layer(config: PreTrainedConfig) -> dict[str, Any]:
+    """The config's lists with an entry for each layer."""
     number = config.num_hidden_layers
-    needed = min(2, number)
-    for value in vars(config).values():
-        if isinstance(value, list | tuple) and len(value) == number:
-            for kind in {str(item) for item in value}:
-                needed = max(needed, [str(item) for item in value].index(kind) + 1)
-    return min(needed, MAX_LAYERS)
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == number and name != "architectures"
+    }
+
+
+def _layers(config: PreTrainedConfig) -> list[int]:
+    """The first two layers, and the first of every kind that a per-layer list has."""
+    number = config.num_hidden_layers
+    kept = set(range(min(2, number)))
+    for values in _by_layer(config).values():
+        kinds = [str(value) for value in values]
+        kept |= {kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    return sorted(kept)[:MAX_LAYERS]
 
 
 def _small_token(value: Any) -> Any:

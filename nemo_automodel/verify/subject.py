@@ -89,6 +89,11 @@ class Subject:
         with Exact():
             return step(self.reference(torch.float64), self.tokens())
 
+    def takes(self, attn: str) -> bool:
+        """Whether the implementation says that it supports that attention."""
+        flag = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}[attn]
+        return bool(getattr(self.target.model_class, flag, False))
+
     def to_hf(self, model: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         """The implementation's tensors under Hugging Face's names."""
         return dict(model.state_dict_adapter.to_hf(dict(tensors)))

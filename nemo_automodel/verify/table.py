@@ -60,7 +60,7 @@ class Table:
                 f"  {result.name:<24} ",
                 (f"{result.word:<4}", _STYLES[result.word]),
                 f"  {result.measured:<18} {result.seconds:5.1f} s  ",
-                (result.outcome.detail.partition("\n")[0], "dim"),
+                (" ".join(result.outcome.detail.split()), "dim"),
             )
         )
 

@@ -60,6 +60,14 @@ class Qwen3LikeLlama(decoder.DecoderForCausalLM):
         return DecoderSpec(norm_eps=config.rms_norm_eps, layer_types=tuple(config.layer_types or ()))
 
 
+class LlamaWithoutBias(registry.resolve("LlamaForCausalLM")):
+    """It never looks whether the config asks for a bias."""
+
+    @staticmethod
+    def decoder_spec(config: LlamaConfig) -> DecoderSpec:
+        return DecoderSpec(norm_eps=config.rms_norm_eps, layer_types=("full_attention",) * config.num_hidden_layers)
+
+
 @dataclass
 class Mutation:
     """One mistake.
@@ -88,13 +96,13 @@ def on_layers(path: str, change: Callable[[Any], None]) -> Callable[[Any], None]
     return lambda model: [change(layer.get_submodule(path)) for layer in model.model.layers] and None
 
 
-def interleaved(q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+def interleaved(q: Any, k: Any, cos: Any, sin: Any, **_: Any) -> tuple[Any, Any]:
     c, s = (t[..., : t.shape[-1] // 2].repeat_interleave(2, -1).unsqueeze(1) for t in (cos, sin))
     swap = lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)  # noqa: E731
     return q * c + swap(q) * s, k * c + swap(k) * s
 
 
-def turned_back(q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+def turned_back(q: Any, k: Any, cos: Any, sin: Any, **_: Any) -> tuple[Any, Any]:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos - rotate_half(q) * sin, k * cos - rotate_half(k) * sin
 
@@ -201,6 +209,46 @@ def stale_rope(model: Any) -> None:
     rotary.rope_type = "linear"  # so that transformers' update leaves the frequencies as they are
 
 
+def ignore_labels(model: Any) -> None:
+    forward = model.forward
+    model.forward = lambda *args, labels=None, **kwargs: forward(
+        *args, labels=labels.clamp(min=0) if labels is not None else None, **kwargs
+    )
+
+
+def ignore_count(model: Any) -> None:
+    forward = model.forward
+    model.forward = lambda *args, num_items_in_batch=None, **kwargs: forward(*args, **kwargs)
+
+
+def half_in_training(mlp: Any) -> None:
+    mlp.register_forward_hook(lambda m, args, out: out * 0.5 if m.training else out)
+
+
+def late_logits(model: Any) -> None:
+    forward = model.forward
+    model.forward = lambda *args, logits_to_keep=0, **kwargs: forward(
+        *args, logits_to_keep=logits_to_keep + (logits_to_keep > 1), **kwargs
+    )
+
+
+def detach_under_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = attention.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def get(name: str, default: Any) -> Any:
+        attend = original(name, default)
+        return (lambda m, q, k, *rest, **kw: attend(m, q, k.detach(), *rest, **kw)) if name == "sdpa" else attend
+
+    monkeypatch.setattr(
+        attention, "ALL_ATTENTION_FUNCTIONS", type("Functions", (), {"get_interface": staticmethod(get)})
+    )
+
+
+def low_frequencies(model: Any) -> None:
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.to(model.dtype).float()
+
+
 def lose_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = state_dict_adapter.CombinedProjectionStateDictAdapter
     original = adapter.to_hf
@@ -229,10 +277,12 @@ MUTATIONS = {
     "RoPE on queries only": Mutation(
         MODULES,
         "rope: on queries only",
-        patch=set_attribute(attention, "apply_rotary_pos_emb", lambda q, k, c, s: (half_split(q, c, s), k)),
+        patch=set_attribute(attention, "apply_rotary_pos_emb", lambda q, k, c, s, **_: (half_split(q, c, s), k)),
     ),
     "no RoPE": Mutation(
-        MODULES, "rope: on no head", patch=set_attribute(attention, "apply_rotary_pos_emb", lambda q, k, c, s: (q, k))
+        MODULES,
+        "rope: on no head",
+        patch=set_attribute(attention, "apply_rotary_pos_emb", lambda q, k, c, s, **_: (q, k)),
     ),
     "wrong theta": Mutation(MODULES, "rope_theta", lambda m: m.model.rotary_emb.inv_freq.mul_(0.9)),
     "wrong attention factor": Mutation(
@@ -330,6 +380,26 @@ MUTATIONS = {
         lambda m: m.model.layers[0].mlp.load_state_dict(m.model.layers[1].mlp.state_dict()) and None,
     ),
     "key lost on the way out": Mutation("round trip", "layers.1.mlp.down_proj", patch=lose_a_key),
+    "field unread": Mutation(
+        "config fields read",
+        "config.attention_bias=True",
+        config={"attention_bias": True},
+        model_class=LlamaWithoutBias,
+        family="llama",
+    ),
+    "config changed": Mutation("config kept", "config.rms_norm_eps", lambda m: setattr(m.config, "rms_norm_eps", 0.5)),
+    # training
+    "labels of -100 counted": Mutation("labels and masks", "labels of -100: ", ignore_labels),
+    "count of items ignored": Mutation("labels and masks", "num_items_in_batch: ", ignore_count),
+    "another MLP in training": Mutation("training mode", "differs by", on_layers("mlp", half_in_training)),
+    "dropout never applied": Mutation(
+        "training mode",
+        "config.attention_dropout=0.5 acts on the reference, and not here",
+        on_layers("self_attn", lambda a: setattr(a, "attention_dropout", 0.0)),
+    ),
+    "gradient lost under sdpa": Mutation("attention backends", "k_proj", patch=detach_under_sdpa),
+    "one logit too many": Mutation("inputs and outputs", "logits_to_keep=3", late_logits),
+    "frequencies rounded": Mutation("real RoPE", "rounded before they should be", low_frequencies),
     # the rest
     "padding ignored": Mutation("padding", "attention mask is not honoured", patch=mask_without("attention_mask")),
     "packed documents leak": Mutation("packed documents", "see each other", patch=mask_without("position_ids")),
@@ -347,7 +417,7 @@ MUTATIONS = {
 def target_of(mutation: Mutation) -> Target:
     if mutation.family in CONFIGS:
         config = CONFIGS[mutation.family](**mutation.config)
-        base = registry.resolve(f"{mutation.family.capitalize()}ForCausalLM")
+        base = mutation.model_class or registry.resolve(f"{mutation.family.capitalize()}ForCausalLM")
     else:
         config, base = mutation.model_class.config_class(**LLAMA), mutation.model_class
 

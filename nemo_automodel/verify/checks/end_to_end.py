@@ -153,13 +153,8 @@ def packed_documents(subject: Subject) -> Outcome:
     changed[:, :cut] = (changed[:, :cut] + 1) % subject.config.vocab_size
     differences = []
     with Exact(), torch.no_grad():
-        for attn in ("eager", "sdpa"):
-            try:
-                model = subject.ours(torch.float64, attn)
-            except ValueError as error:
-                if attn == "eager":
-                    raise
-                raise NotApplicable(f"{attn}: {error}") from error
+        for attn in ("eager", *(["sdpa"] if subject.takes("sdpa") else [])):
+            model = subject.ours(torch.float64, attn)
             logits = model(ids, position_ids=at, use_cache=False).logits
             moved = model(changed, position_ids=at, use_cache=False).logits
             if torch.equal(moved[:, :cut], logits[:, :cut]):
@@ -184,50 +179,56 @@ def long_inputs(subject: Subject) -> Outcome:
 
 
 def attention_backends(subject: Subject) -> Outcome:
-    """Every implementation of attention that runs here, padded and not, against the eager reference."""
+    """Every implementation of attention that the class supports, padded and not, against the eager reference.
+
+    With gradients, but for flex attention, which has no backward pass on the CPU.
+    """
+    backends = [attn for attn in ("sdpa", "flex_attention") if subject.takes(attn)]
+    if not backends:
+        raise NotApplicable("the class supports eager attention only")
     ids, mask = subject.tokens(), torch.ones_like(subject.tokens())
     mask[0, :7] = 0
-    reference = subject.reference()
-    differences, refused = [], []
-    with torch.no_grad():
-        expected = {name: reference(ids, attention_mask=m, use_cache=False).logits for name, m in _masks(mask)}
+    differences = []
+    for padded, given in {"no padding": None, "padded": mask}.items():
+        inputs: dict[str, Any] = {"attention_mask": given, "labels": ids if given is None else _labels(ids, mask)}
+        real = slice(None) if given is None else mask.bool()
         with Exact():
-            exact = subject.reference(torch.float64)
-            truth = {name: exact(ids, attention_mask=m, use_cache=False).logits for name, m in _masks(mask)}
-        for attn in ("sdpa", "flex_attention"):
-            try:
-                model = subject.ours(attn=attn)
-            except ValueError as error:
-                refused.append(f"{attn} ({error})")
-                continue
-            for name, given in _masks(mask):
-                with _without_compiler(attn):
-                    logits = model(ids, attention_mask=given, use_cache=False).logits
-                real = mask.bool() if given is not None else torch.ones_like(mask, dtype=torch.bool)
-                differences.append(rounding(f"{attn}, {name}", logits[real], expected[name][real], truth[name][real]))
-    if not differences:
-        raise NotApplicable(f"eager only: {'; '.join(refused)}")
-    return judge(differences, "sdpa and flex, padded and not" + (f"; refused: {', '.join(refused)}" if refused else ""))
+            truth = step(subject.reference(torch.float64), ids, **inputs)
+        expected = step(subject.reference(), ids, **inputs)
+        for attn in backends:
+            model = subject.ours(attn=attn)
+            if attn == "flex_attention":
+                # in plain operations: its compiler takes half a minute, and computes the same
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                    logits = model(ids, use_cache=False, **inputs).logits
+            else:
+                actual = step(model, ids, **inputs)
+                logits, want, exact = actual.logits, expected.gradients, truth.gradients
+                differences += [
+                    rounding(f"{attn}, {padded}: grad {name}", gradient, want[name], exact[name])
+                    for name, gradient in actual.gradients.items()
+                ]
+            differences.append(rounding(f"{attn}, {padded}", logits[real], expected.logits[real], truth.logits[real]))
+    return judge(differences, f"{' and '.join(backends)}, padded and not, beside eager attention")
 
 
-def _masks(mask: Tensor) -> list[tuple[str, Tensor | None]]:
-    return [("no padding", None), ("padded", mask)]
-
-
-def _without_compiler(attn: str) -> Any:
-    """Flex attention in plain operations: its compiler takes half a minute, and computes the same."""
-    return torch.compiler.set_stance("force_eager" if attn == "flex_attention" else "default")
+def _labels(ids: Tensor, mask: Tensor) -> Tensor:
+    """No padding, nor the first token after it: of what sees nothing, each attention makes something else."""
+    before = torch.cat((mask[:, :1], mask[:, :-1]), dim=1)
+    return ids.masked_fill((mask == 0) | (before == 0), -100)
 
 
 def gradient_checkpointing(subject: Subject) -> Outcome:
     """Recomputing the layers in the backward pass changes no bit, and does happen."""
     ids, plain = subject.tokens(), subject.ours()
+    torch.manual_seed(0)  # a dropout draws the same twice
     expected = step(plain.train(), ids).tensors()
     model = subject.ours().train()
     model.gradient_checkpointing_enable()
     calls: list[int] = []
     layer = next(m for n, m in model.named_modules() if n.endswith("layers.0"))
     layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
     actual = step(model, ids).tensors()
     if len(calls) < 2:
         return Outcome(False, "gradient_checkpointing_enable() changes nothing: a layer runs once")
@@ -236,7 +237,7 @@ def gradient_checkpointing(subject: Subject) -> Outcome:
 
 def compiled(subject: Subject) -> Outcome:
     """``torch.compile`` on each layer gives the same step."""
-    ids, model = subject.tokens(), subject.ours(attn="sdpa" if _takes_sdpa(subject) else "eager")
+    ids, model = subject.tokens(), subject.ours(attn="sdpa" if subject.takes("sdpa") else "eager")
     torch._dynamo.reset()
     for name, layer in list(model.named_modules()):
         if name.rpartition(".")[2].isdigit() and "layers" in name:
@@ -247,17 +248,74 @@ def compiled(subject: Subject) -> Outcome:
     return judge([rounding(k, actual[k], reference[k], truth[k]) for k in truth], "each layer through torch.compile")
 
 
-def _takes_sdpa(subject: Subject) -> bool:
-    try:
-        subject.ours(attn="sdpa")
-    except ValueError:
-        return False
-    return True
+def labels_and_masks(subject: Subject) -> Outcome:
+    """Loss and every gradient with labels of -100, a count of items, and padding (of padding tokens, left)."""
+    ids, mask = subject.tokens(), torch.ones_like(subject.tokens())
+    mask[0, :7] = 0
+    padding_token = subject.config.pad_token_id
+    padded = ids if padding_token is None else ids.masked_fill(mask == 0, max(padding_token, 0))
+    some = ids.masked_fill(torch.arange(LENGTH, device=ids.device) % 3 == 1, -100)
+    cases: dict[str, tuple[Tensor, dict[str, Any]]] = {
+        "labels of -100": (ids, {"labels": some}),
+        "num_items_in_batch": (ids, {"labels": some, "num_items_in_batch": 7}),
+        "padding": (padded, {"labels": _labels(ids, mask), "attention_mask": mask}),
+        "a bool mask": (padded, {"labels": _labels(ids, mask), "attention_mask": mask.bool()}),
+    }
+    reference, ours = subject.reference(torch.float64), subject.ours(torch.float64)
+    differences: list[Difference] = []
+    with Exact():
+        for name, (tokens, inputs) in cases.items():
+            expected, actual = (step(model, tokens, **inputs).tensors() for model in (reference, ours))
+            found = [formula(f"{name}: {key}", actual[key], expected[key]) for key in expected if key != "logits"]
+            differences += found
+            if not all(each.passed for each in found):
+                break  # what is wrong there is wrong in the next cases, too
+    return judge(differences, f"loss and gradients with {', '.join(cases)}")
+
+
+def training_mode(subject: Subject) -> Outcome:
+    """``train()`` changes nothing but dropout; and dropout acts where the reference's does."""
+    ids = subject.tokens()
+    rates = [name for name, value in vars(subject.config).items() if "drop" in name and isinstance(value, float | int)]
+    with Exact():
+        off: dict[str, Any] = dict.fromkeys(rates, 0.0)
+        actual = step(subject.ours(torch.float64, **off).train(), ids).tensors()
+        truth = step(subject.reference(torch.float64, **off), ids).tensors()
+        differences = [formula(name, actual[name], truth[name]) for name in truth]
+        for name in rates:
+            acts = []
+            for build in (subject.reference, subject.ours):
+                rate: dict[str, Any] = {**off, name: 0.5}
+                model = build(torch.float64, **rate).train()
+                with torch.no_grad():
+                    acts.append(not torch.equal(model(ids).logits, model(ids).logits))
+            if acts[0] != acts[1]:
+                word = "acts on the reference, and not here" if acts[0] else "acts here, and not on the reference"
+                return Outcome(False, f"config.{name}=0.5 {word}", tuple(differences))
+    return judge(
+        differences, f"train() as eval() without dropout; {', '.join(rates) or 'no rate in the config'} as there"
+    )
+
+
+def inputs_and_outputs(subject: Subject) -> Outcome:
+    """Embeddings instead of tokens, and the last logits only."""
+    ids, model = subject.tokens(), subject.ours(torch.float64)
+    with Exact(), torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).logits
+        differences = [formula("inputs_embeds", embedded, whole)]
+        for count in (1, 3):
+            last = model(ids, use_cache=False, logits_to_keep=count).logits
+            differences.append(formula(f"logits_to_keep={count}", last, whole[:, -count:]))
+    return judge(differences, "inputs_embeds and logits_to_keep")
 
 
 CHECKS = [
     Check("end to end", "gradients in float64", gradients_in_float64),
     Check("end to end", "training step in fp32", training_step),
+    Check("end to end", "labels and masks", labels_and_masks),
+    Check("end to end", "training mode", training_mode),
+    Check("end to end", "inputs and outputs", inputs_and_outputs),
     Check("end to end", "rounding in bf16", bf16_rounding),
     Check("end to end", "cached decoding", cached_decoding),
     Check("end to end", "greedy tokens", greedy_tokens),

@@ -1,6 +1,7 @@
 """Module by module in float64, where right formulas agree to thirteen digits and wrong ones do not."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.diagnosis import explain
 from nemo_automodel.verify.exact import Exact
 from nemo_automodel.verify.outcome import Difference, Outcome, formula, judge
+from nemo_automodel.verify.shrink import LENGTH, shrunk
 from nemo_automodel.verify.subject import Subject
-from nemo_automodel.verify.trace import Point, calls_of, first_tensor, trace
+from nemo_automodel.verify.trace import Point, Trace, calls_of, first_tensor, trace
 
 
 def layer_by_layer(subject: Subject) -> Outcome:
@@ -102,8 +104,44 @@ def rounding_by_module(subject: Subject) -> Outcome:
     )
 
 
+def real_rope(subject: Subject) -> Outcome:
+    """cos, sin and all that comes of them, with the config's own head_dim, context and scaling, to its last position.
+
+    A tiny head has few frequencies, and those that a scaling blends need not be among them; and bf16 shows at late
+    positions whether the tables were rounded before they should be.
+    """
+    tiny, _ = shrunk(subject.target.config, keep_rope=True)
+    last = tiny.max_position_embeddings
+    starts = torch.tensor([0, min(4000, last // 2), max(0, last - LENGTH)])
+    positions = (starts[:, None] + torch.arange(LENGTH)).to(subject.device)
+    with Subject(replace(subject.target, tiny=tiny), subject.device) as full:
+        inputs = {"input_ids": full.tokens(3), "position_ids": positions}
+        outcome = compare_modules(full, **inputs)
+        tables = [point for point in _low(full, full.reference, inputs) if point.side in ("cos", "sin")]
+        if not outcome.passed or not tables:
+            return outcome
+        with Exact():
+            truth = trace(full.reference(torch.float64), use_cache=False, **inputs)
+        low, own = (_low(full, build, inputs) for build in (full.reference, full.ours))
+        differences = []
+        for point in tables:
+            if point in own:
+                errors = [(x[point].double() - truth[point]).square().mean().sqrt().item() for x in (own, low)]
+                differences.append(Difference(f"{point} in bf16", errors[0], MARGIN_IN_BF16 * errors[1]))
+    return judge(
+        [*outcome.differences, *differences],
+        f"real head_dim and scaling, positions to {int(positions.max())}",
+        hint="the tables are rounded before they should be: keep positions and frequencies in fp32",
+    )
+
+
+def _low(subject: Subject, build: Any, inputs: dict[str, Any]) -> Trace:
+    return trace(build(torch.bfloat16), use_cache=False, **inputs)
+
+
 CHECKS = [
     Check("modules", "layer by layer", layer_by_layer),
     Check("modules", "other positions", positions),
+    Check("modules", "real RoPE", real_rope),
     Check("modules", "rounding by module", rounding_by_module),
 ]

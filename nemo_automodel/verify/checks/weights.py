@@ -1,17 +1,61 @@
 """Every Hugging Face tensor used once, every parameter filled, and the way back exact."""
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from nemo_automodel.components.models.common.tp_plan import layers_plan_of
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.outcome import Outcome, bitwise, judge
 from nemo_automodel.verify.subject import Subject
+
+FIRST = "loads"
+
+
+def loads(subject: Subject) -> Outcome:
+    """The first check: where this one fails, no other can run."""
+    model = subject.ours()
+    return Outcome(True, f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def fields_read(subject: Subject) -> Outcome:
+    """Every field of the config that the reference looks at while it computes is looked at here as well.
+
+    A field that says nothing (None, False, zero) may be left unread.
+    """
+    ids = subject.tokens(1)
+    read = []
+    for model_class in (subject.target.reference_class, subject.target.model_class):
+        config, names = _watched(subject.config)
+        with torch.no_grad():
+            model_class._from_config(config).to(subject.device)(ids, use_cache=False)
+        read.append(names)
+    missed = [n for n in sorted(read[0] - read[1]) if n in vars(subject.config) and getattr(subject.config, n)]
+    if missed:
+        shown = ", ".join(f"config.{name}={getattr(subject.config, name)!r}" for name in missed)
+        return Outcome(False, f"the reference reads {shown}, and this implementation does not")
+    return Outcome(True, f"{len(read[0])} attributes that the reference reads")
+
+
+def _watched(config: PreTrainedConfig) -> tuple[PreTrainedConfig, set[str]]:
+    """A copy of ``config``, and the names that are read from it from now on."""
+    names: set[str] = set()
+
+    def read(self: Any, name: str) -> Any:
+        names.add(name)
+        return object.__getattribute__(self, name)
+
+    watched = copy.deepcopy(config)
+    watched.__class__ = type(type(config).__name__, (type(config),), {"__getattribute__": read})
+    names.clear()
+    return watched, names
 
 
 def every_key_once(subject: Subject) -> Outcome:
@@ -75,6 +119,15 @@ def reload_in_transformers(subject: Subject) -> Outcome:
     return judge([bitwise(k, actual[k], expected[k]) for k in expected], "saved, loaded by transformers, every bit")
 
 
+def config_kept(subject: Subject) -> Outcome:
+    """Loading leaves the config as the file has it: what is saved later, and what other code reads, is the same."""
+    expected, actual = (model.config.to_dict() for model in (subject.reference(), subject.ours()))
+    skipped = ("_name_or_path", "architectures", "transformers_version")
+    names = [n for n in {**expected, **actual} if expected.get(n) != actual.get(n) and n not in skipped]
+    changed = [f"config.{name}: {actual.get(name)} instead of {expected.get(name)}" for name in names]
+    return Outcome(not changed, "; ".join(changed) or f"{len(expected)} fields as in config.json")
+
+
 def declarations(subject: Subject) -> Outcome:
     """The class attributes that parallelism, tying and device placement read name modules that exist."""
     model = subject.ours()
@@ -102,10 +155,13 @@ def declarations(subject: Subject) -> Outcome:
 
 
 CHECKS = [
+    Check("weights", FIRST, loads),
+    Check("weights", "config fields read", fields_read),
     Check("weights", "every key used once", every_key_once),
     Check("weights", "round trip", round_trip),
     Check("weights", "tied storage", tied_storage),
     Check("weights", "reload in transformers", reload_in_transformers),
+    Check("weights", "config kept", config_kept),
     Check("weights", "declared plans", declarations),
 ]
 
