@@ -78,6 +78,16 @@ def test_a_quantized_folder_round_trips_dequantized_and_is_not_run(tmp_path: Pat
     }
 
 
+def test_a_round_trip_in_another_dtype_than_stored_says_so(tmp_path: Path) -> None:
+    stored = load_file(save(tmp_path) / "model.safetensors")
+    stored["model.norm.weight"] = stored["model.norm.weight"].float() + 1e-6
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with Subject(find_target(tmp_path)) as subject:
+        outcome = checkpoint.real_round_trip(subject)
+    assert outcome.passed, outcome.detail
+    assert outcome.detail.endswith("; 1 stored in float32 and compared in bfloat16")
+
+
 def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = find_target(save(tmp_path))
 

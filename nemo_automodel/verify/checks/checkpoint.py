@@ -94,7 +94,7 @@ def _real(subject: Subject, size: int) -> Iterator[_Real]:
 
 
 def real_round_trip(subject: Subject) -> Outcome:
-    """Loaded, saved and loaded by transformers: each tensor of the folder once, every bit of it."""
+    """Loaded, saved and loaded by transformers: each tensor of the folder once, every bit in the folder's dtype."""
     with _real(subject, 4) as real:
         if (free := shutil.disk_usage(real.scratch).free) < real.parameters * real.dtype.itemsize * SPARE:
             raise NotApplicable(f"a copy of the weights does not fit into {real.scratch.parent}: {free:,} bytes free")
@@ -120,6 +120,9 @@ def real_round_trip(subject: Subject) -> Outcome:
         differences = [bitwise(key, state[key], real.reader.read(key).to(real.dtype)) for key in used]
     unused = len(real.reader) - len(used)
     also = f"; {unused} that the reference does not use either" if unused else ""
+    cast = Counter(_name(dtype) for key in used if (dtype := real.reader.dtype(key)) != real.dtype)
+    for name, count in cast.items():
+        also += f"; {count} stored in {name} and compared in {_name(real.dtype)}"
     return judge(differences, f"{len(used)} tensors, {own:,} parameters, saved and loaded by transformers{also}")
 
 
@@ -142,7 +145,7 @@ def real_logits(subject: Subject) -> Outcome:
             truth = logits(real.reference, torch.float32)
         low = real.dtype if small or real.dtype != torch.float32 else torch.bfloat16
         differences = []
-        dtypes = {dtype: f"{dtype}".removeprefix("torch.") for dtype in (low, torch.float32)}
+        dtypes = {dtype: _name(dtype) for dtype in (low, torch.float32)}
         for dtype, name in dtypes.items():
             unit = torch.finfo(dtype).eps
             if (
@@ -178,6 +181,10 @@ def real_weights(target: Target) -> list[Check]:
         raise NotApplicable(target.unread)
 
     return [Check("real weights", "all", unread)] if target.unread else []
+
+
+def _name(dtype: torch.dtype) -> str:
+    return f"{dtype}".removeprefix("torch.")
 
 
 def _rms(values: Tensor) -> float:
