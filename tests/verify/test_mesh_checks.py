@@ -24,7 +24,7 @@ from nemo_automodel.components.models.common.spec import DecoderSpec, NormSlots
 from nemo_automodel.components.models.llama.model import LlamaForCausalLM
 from nemo_automodel.components.models.llama.state_dict_adapter import LlamaStateDictAdapter
 from nemo_automodel.verify import Target, find_target, verify
-from nemo_automodel.verify.checks.meshes import Mesh, parse_mesh, same_step
+from nemo_automodel.verify.checks.meshes import ClassByName, Mesh, parse_mesh, same_step
 from nemo_automodel.verify.outcome import Outcome
 from nemo_automodel.verify.ranks import RankError, run_ranks
 from nemo_automodel.verify.subject import Subject
@@ -116,6 +116,14 @@ def test_a_model_by_hand_is_found_again_by_the_ranks(tmp_path: Path) -> None:
     target = find_target(BY_HAND, tmp_path, "LlamaForCausalLM")
     with Subject(target) as subject:
         assert same_step(subject, Mesh("tp=2", tp=2)).passed
+
+
+def test_a_module_that_an_implementation_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "lacking_model.py"
+    file.write_text("import no_such_module\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        ClassByName("lacking_model", str(file), "LackingForCausalLM").find()
 
 
 class NormedHeadsForCausalLM(DecoderForCausalLM):

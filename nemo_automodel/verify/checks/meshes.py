@@ -161,7 +161,9 @@ class ClassByName:
         """The class."""
         try:
             return getattr(importlib.import_module(self.module), self.name)
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not f"{self.module}.".startswith(f"{error.name}."):  # it is there, and lacks a module itself
+                raise
             return model_class_of(Path(self.file))
 
 
