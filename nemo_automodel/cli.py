@@ -4,9 +4,13 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from nemo_automodel import __version__
@@ -29,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``automodel`` with ``arguments`` (default: the process's own); returns the exit status.
 
     0: done. 1: `verify` or `new` found a difference. 2: the input cannot be used (one message on stderr says why).
-    130: interrupted.
+    130: interrupted. SIGTERM raises SystemExit(143); `train` finishes its step and saves first.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -37,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         options = _parser().parse_args(arguments)
-        return int(options.run(options) or 0)
+        with _ended_by_sigterm():
+            return int(options.run(options) or 0)
     except KeyboardInterrupt:
         print("automodel: interrupted", file=sys.stderr)
         return 130
@@ -49,6 +54,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"automodel: {error}\n(AUTOMODEL_TRACEBACK=1 shows where this came from)", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit: temporary folders, which may hold a copy of a model, are removed.
+
+    Outside the main thread signals cannot be caught: nothing changes.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -1,14 +1,23 @@
 """``automodel verify``: what it exits with, what it prints and writes, and what it says of unusable targets."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
+import torch.distributed as dist
 from transformers import LlamaConfig
 
 from nemo_automodel._transformers import registry
 from nemo_automodel.cli import main
-from nemo_automodel.verify import find_target
+from nemo_automodel.verify import find_target, run
+from nemo_automodel.verify.check import Check
+from nemo_automodel.verify.outcome import Outcome
+from nemo_automodel.verify.ranks import run_ranks
+from nemo_automodel.verify.subject import Subject
 
 EXAMPLE = Path(__file__).parents[2] / "examples/hand_written_model.py"
 
@@ -111,3 +120,31 @@ def test_unusable_targets_are_one_line_and_status_2(
     assert said == ""
     assert message in error.splitlines()[0]
     assert len(error.splitlines()) == 2  # the second says how to see the traceback
+
+
+def _end(process: int) -> None:
+    if dist.get_rank() == 0:
+        os.kill(process, signal.SIGTERM)
+    time.sleep(100)
+
+
+def _ended_amid_ranks(subject: Subject) -> Outcome:
+    (subject.scratch / "weights").touch()
+    run_ranks(2, _end, os.getpid(), timeout=100)
+    raise AssertionError("not ended")
+
+
+def test_sigterm_leaves_no_temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncaught(number: int, frame: FrameType | None) -> None:
+        raise AssertionError("SIGTERM would have killed the process")
+
+    monkeypatch.setattr(run, "all_checks", lambda *arguments: [Check("a group", "a check", _ended_amid_ranks)])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = signal.signal(signal.SIGTERM, uncaught)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            main(["verify", "LlamaForCausalLM"])
+        assert signal.getsignal(signal.SIGTERM) is uncaught
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.glob("automodel-*"))
