@@ -1,5 +1,6 @@
 """What is to be verified: an implementation, its reference and a config, from whatever the user names."""
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -71,12 +73,16 @@ class Target:
             unread: why other weights, which are there, are not verified.
 
         Raises:
-            TargetError: no reference for it, or not a causal language model.
+            TargetError: no reference for it, not a causal language model, or a config that the reference refuses.
         """
         twin = reference if isinstance(reference, type) else _reference_class(reference, config, model_class)
         if not twin.__name__.endswith("ForCausalLM"):
             raise TargetError(f"{twin.__name__}: only causal language models are verified")
-        tiny, changed = shrunk(config)
+        _refuse_unusable(twin, config)
+        try:
+            tiny, changed = shrunk(config)
+        except Exception as error:  # of the config class too, which checks what it is given
+            raise TargetError(f"the config cannot be made small for the checks: {_said(error)}") from error
         return cls(
             name=name or model_class.__name__,
             model_class=model_class,
@@ -92,44 +98,55 @@ class Target:
 def find_target(target: str | Path, config: str | Path | None = None, reference: str | None = None) -> Target:
     """What ``target`` names: a checkpoint folder, a ``config.json``, a registered architecture, or a ``model.py``.
 
+    Weights in the folder that the config comes from are verified too.
+
     Args:
-        target: a folder with ``config.json`` (and weights, which are then verified too), the path of a config file,
-            an architecture such as ``"LlamaForCausalLM"``, or a Python file with a ``ModelClass``.
+        target: a folder with ``config.json``, the path of a config file, an architecture such as
+            ``"LlamaForCausalLM"``, a Python file with a ``ModelClass``, or a folder with such a ``model.py``.
         config: the config file or folder for an architecture or a ``model.py``. Default for an architecture: that of
             its config class, as it stands.
         reference: ``"transformers.LlamaForCausalLM"``, ``"package.module.Class"`` or ``"Class"`` of transformers;
             default: transformers' class of the config's architecture.
 
     Raises:
-        TargetError: there is no such thing, no implementation of it, or no reference for it.
+        TargetError: there is no such thing, no implementation of it, no reference for it, or no model of its config.
     """
     path = Path(target)
+    if path.is_dir() and (path / "model.py").is_file() and not (path / "__init__.py").is_file():
+        path, config = path / "model.py", config if config is not None else path
     if path.suffix == ".py":
         by_hand = model_class_of(path)
         if config is None:
             raise TargetError(f"{path}: a model.py needs --config, a config.json or a folder with one")
-        return Target.of(by_hand, _read_config(Path(config)), reference=reference, name=str(target))
+        return _of_folder(by_hand, Path(config), reference, str(target))
     if path.is_dir() or path.suffix == ".json":
         if config is not None:
             raise TargetError(f"{path} has its own config; --config goes with an architecture or a model.py")
-        found = _read_config(path)
-        checkpoint, unread = _weights(path) if path.is_dir() else (None, "")
-        return Target.of(
-            _registered(found, path),
-            found,
-            reference=reference,
-            name=str(target),
-            checkpoint=checkpoint,
-            unread=unread,
-        )
+        return _of_folder(None, path, reference, str(target))
     architecture = str(target)
     model_class: Any = registry.resolve(architecture)
     if model_class is None:
+        hint = " (`automodel new` starts an implementation)" if hasattr(transformers, architecture) else ""
         raise TargetError(
-            f"{architecture} is no folder, no file and no registered architecture ({', '.join(_causal())})"
+            f"{architecture} is no folder, no file and no registered architecture: {', '.join(_causal())}{hint}"
         )
-    given = _read_config(Path(config)) if config is not None else _grouped(model_class.config_class())
-    return Target.of(model_class, given, reference=reference, name=architecture)
+    if config is not None:
+        return _of_folder(model_class, Path(config), reference, architecture)
+    return Target.of(model_class, _grouped(model_class.config_class()), reference=reference, name=architecture)
+
+
+def _of_folder(model_class: Any, path: Path, reference: str | None, name: str) -> Target:
+    """``model_class``, default the registered one, for the config and the weights at ``path``."""
+    config = _read_config(path)
+    checkpoint, unread = _weights(path) if path.is_dir() else (None, "")
+    return Target.of(
+        model_class or _registered(config, path),
+        config,
+        reference=reference,
+        name=name,
+        checkpoint=checkpoint,
+        unread=unread,
+    )
 
 
 def _weights(folder: Path) -> tuple[Path | None, str]:
@@ -158,8 +175,28 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise TargetError(f"{file} does not exist")
     try:
         return AutoConfig.from_pretrained(file)
-    except (ValueError, KeyError, OSError) as error:
-        raise TargetError(f"{file}: transformers cannot read it: {error}") from error
+    except Exception as error:  # config classes raise what they like, and it is the file's fault
+        raise TargetError(f"{file}: transformers cannot read it: {_said(error)}") from error
+
+
+def _refuse_unusable(reference_class: Any, config: PreTrainedConfig) -> None:
+    """Else the checks would find fault with the implementation; or with nothing, where the small config is right.
+
+    Raises:
+        TargetError: the reference cannot be built, or not be run.
+    """
+    try:
+        with torch.device("meta"):
+            reference_class(copy.deepcopy(config))
+    except Exception as error:
+        raise TargetError(f"{reference_class.__name__}, the reference, refuses the config: {_said(error)}") from error
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 1
+    if heads % kv_heads:  # which shows in a forward pass only, and not in a small config's
+        raise TargetError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _registered(config: PreTrainedConfig, path: Path) -> Any:

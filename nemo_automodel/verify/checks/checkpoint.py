@@ -71,6 +71,8 @@ class _Real(Subject):
         try:
             words = load_tokenizer(self.checkpoint)(TEXT, add_special_tokens=False)["input_ids"]
         except CheckpointError:
+            words = []
+        if not words:  # no tokenizer, or an empty one
             return super().tokens(batch, length, seed)
         words = words * (batch * length // len(words) + 1)
         return torch.tensor(words[: batch * length], device=self.device).view(batch, length)
