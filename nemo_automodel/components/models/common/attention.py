@@ -75,7 +75,7 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         self.attention_dropout = config.attention_dropout if spec.attention_dropout is None else spec.attention_dropout
         self.is_causal = True  # transformers' sdpa and flash functions read it
         self.sliding_window = spec.sliding_window if spec.layer_types[layer_idx] == "sliding_attention" else None
-        self.rope = spec.rope
+        self.query_growth = spec.rope.query_growth
         self.turns = spec.rope.turns(layer_idx)
         self.qk_norm = spec.qk_norm
         self.qk_norm_after_rope = spec.qk_norm_after_rope
@@ -107,13 +107,13 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if self.turns:
             assert position_embeddings is not None
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings, fp32=self.rope.fp32_rotation)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if self.qk_norm is not None and self.qk_norm_after_rope:
             query = self._normed("q_norm", query.transpose(1, 2)).transpose(1, 2)
             key = self._normed("k_norm", key.transpose(1, 2)).transpose(1, 2)
-        if self.rope.query_growth is not None:
+        if self.query_growth is not None:
             assert position_ids is not None
-            query = query * query_growth(position_ids, *self.rope.query_growth).to(query.dtype)
+            query = query * query_growth(position_ids, *self.query_growth).to(query.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

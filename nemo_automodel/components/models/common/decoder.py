@@ -140,6 +140,11 @@ class DecoderModel(DecoderPreTrainedModel):
         # transformers would copy the config's plan, which names the separate projections that do not exist here
         super().init_parallel_plans()
         self._tp_plan = layers_plan_of(self)
+        self._pp_plan = {  # some configs name other modules here as well
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+            "norm": (["hidden_states"], ["hidden_states"]),
+        }
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the backbone alone would be saved under names that nothing else reads."""

@@ -25,7 +25,7 @@ class RopeSpec:
         frequencies: the family's own function of the config, which gives the inverse frequencies and the factor on
             cos and sin, whatever ``rope_type`` says and the sequence length is.
         fp32_tables: keep cos and sin in fp32, which makes the rotation one in fp32.
-        fp32_rotation: turn queries and keys in fp32, and round once.
+        fp32_rotation: turn queries and keys in fp32, by tables that were rounded unless ``fp32_tables`` is set as well.
         query_growth: ``(beta, length)``: queries are multiplied by ``1 + beta * log(1 + floor(position / length))``.
     """
 
@@ -77,7 +77,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: PreTrainedConfig, spec: RopeSpec = RopeSpec()):
         super().__init__()
         self.config = config
-        self.fp32_tables = spec.fp32_tables
+        self.fp32_tables, self.fp32_rotation = spec.fp32_tables, spec.fp32_rotation
         # transformers calls it as well, to fill the buffers of a model that was built on the meta device
         default = spec.frequencies or partial(default_inverse_frequencies, share=spec.share)
         self.compute_default_rope_parameters = default
@@ -107,7 +107,9 @@ class RotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return (cos, sin) if self.fp32_tables else (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
+        if not self.fp32_tables:
+            cos, sin = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+        return (cos.float(), sin.float()) if self.fp32_rotation else (cos, sin)
 
 
 class RotaryEmbeddings(nn.ModuleDict):
@@ -128,15 +130,14 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-x2, x1), dim=-1)
 
 
-def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, fp32: bool = False) -> tuple[Tensor, Tensor]:
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys ``[batch, heads, seq, head_dim]`` by ``cos``/``sin`` ``[batch, seq, rotary_dim]``.
 
-    With ``rotary_dim < head_dim`` only the first ``rotary_dim`` channels turn. With ``fp32``, or tables in fp32, the
-    rotation is in fp32; what is returned is in the dtypes of ``q`` and ``k``.
+    With ``rotary_dim < head_dim`` only the first ``rotary_dim`` channels turn. With tables in fp32 the rotation is in
+    fp32, and rounded once to the dtypes of ``q`` and ``k``.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned_q, turned_k = (_rotate(x.float() if fp32 else x, cos, sin).to(x.dtype) for x in (q, k))
-    return turned_q, turned_k
+    return _rotate(q, cos, sin).to(q.dtype), _rotate(k, cos, sin).to(k.dtype)
 
 
 def query_growth(position_ids: Tensor, beta: float, length: int) -> Tensor:
