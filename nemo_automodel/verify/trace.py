@@ -101,9 +101,11 @@ class Call:
 
 def calls_of(model: nn.Module, ids: Tensor) -> dict[str, Call]:
     """What each module of the layers, and each norm, was called with in one forward pass."""
+    layout = layout_of(model)
     calls: dict[str, Call] = {}
     handles = []
-    for name, module in model.named_modules():
+    for own, module in model.named_modules():
+        name = next(iter(layout.hf_keys(own)))
         if "layers." in name or name.endswith("norm"):
 
             def before(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
