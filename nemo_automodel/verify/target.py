@@ -190,8 +190,8 @@ def _refuse_unusable(reference_class: Any, config: PreTrainedConfig) -> None:
             reference_class(copy.deepcopy(config))
     except Exception as error:
         raise TargetError(f"{reference_class.__name__}, the reference, refuses the config: {_said(error)}") from error
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 1
-    if heads % kv_heads:  # which shows in a forward pass only, and not in a small config's
+    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if heads and kv_heads and heads % kv_heads:  # shows in a forward pass only, and not in a small config's
         raise TargetError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
 
 

@@ -13,13 +13,19 @@ from transformers import LlamaConfig
 
 from nemo_automodel._transformers import registry
 from nemo_automodel.cli import main
-from nemo_automodel.verify import find_target, run
+from nemo_automodel.verify import TargetError, find_target, run, target
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.outcome import Outcome
 from nemo_automodel.verify.ranks import run_ranks
 from nemo_automodel.verify.subject import Subject
 
 EXAMPLE = Path(__file__).parents[2] / "examples/hand_written_model.py"
+
+UNUSABLE = {
+    "padding": {"vocab_size": 50, "pad_token_id": 60},
+    "groups": {"num_attention_heads": 6, "num_key_value_heads": 4, "hidden_size": 96},
+    "width": {"num_attention_heads": 8, "hidden_size": 100},
+}
 
 
 @pytest.fixture
@@ -98,6 +104,9 @@ def test_a_file_that_registers_itself_can_be_verified_again(config: str) -> None
         (["LlamaForCausalLM", "--reference", "transformers.Nothing"], "--reference transformers.Nothing"),
         (["LlamaForCausalLM", "--reference", "no_such_package.Class"], "--reference no_such_package.Class"),
         (["unregistered.json"], "'GPT2LMHeadModel' is not registered"),
+        (["padding.json"], "refuses the config: AssertionError: Padding_idx"),
+        (["groups.json"], "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
+        (["width.json"], "cannot read it: StrictDataclassClassValidationError"),
         (["LlamaForCausalLM", "--device", "nowhere"], "'nowhere' is not usable here"),
         (["LlamaForCausalLM", "--mesh", "tp=5"], "tp=5"),
         (["LlamaForCausalLM", "--json", "config.json/report.json"], "config.json"),
@@ -115,11 +124,22 @@ def test_unusable_targets_are_one_line_and_status_2(
     Path("nameless.py").write_text("import torch\n")
     Path("broken.py").write_text("class Model(:\n")
     Path("unregistered.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    for name, fields in UNUSABLE.items():
+        Path(f"{name}.json").write_text(json.dumps({"model_type": "llama", **fields}))
     assert main(["verify", *words]) == 2
     said, error = capsys.readouterr()
     assert said == ""
     assert message in error.splitlines()[0]
     assert len(error.splitlines()) == 2  # the second says how to see the traceback
+
+
+def test_a_config_that_cannot_be_made_small_is_no_target(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: LlamaConfig) -> None:
+        raise TypeError("no number")
+
+    monkeypatch.setattr(target, "shrunk", fail)
+    with pytest.raises(TargetError, match="cannot be made small for the checks: TypeError: no number"):
+        find_target(config)
 
 
 def _end(process: int) -> None:
