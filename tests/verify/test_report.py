@@ -75,7 +75,7 @@ def test_rows_have_verdict_difference_and_time(target: Target) -> None:
     text = table(target, report(PASSED, FAILED, EXACT, ABSENT), terminal=False)
     rows = [re.sub(" +", " ", line.strip()) for line in text.splitlines()]
     assert "layers pass 1.0e-12 of 1.0e-10 0.2 s 12 agree" in rows
-    assert "positions FAIL inf of 1.0e-10 1.0 s layer 2 differs" in rows
+    assert "positions FAIL inf of 1.0e-10 1.0 s layer 2 differs and more" in rows
     assert "round trip pass 0, exact 0.1 s every bit" in rows
     assert "greedy n/a 0.0 s no generate()" in rows
     assert [row for row in rows if row in ("modules", "weights", "end to end")] == ["modules", "weights", "end to end"]
@@ -111,7 +111,7 @@ def test_json_has_stable_keys_and_no_literal_that_is_not_json() -> None:
     text = json.dumps(values, allow_nan=False)
     assert json.loads(text) == values
     assert set(values) == {
-        *("target", "implementation", "reference", "versions", "device", "shrunk", "results", "passed")
+        *("target", "implementation", "reference", "versions", "device", "shrunk", "results", "not_run", "passed")
     }
     assert set(values["results"][0]) == {"group", "name", "outcome", "seconds", "trouble"}
     assert set(values["results"][0]["outcome"]) == {"passed", "detail", "differences"}
