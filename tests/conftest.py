@@ -56,7 +56,10 @@ def twins(hf_class: Any, config: PreTrainedConfig, seed: int = 0, **kwargs: Any)
     """transformers' model with random weights, and the registered class holding the same, both in eval mode."""
     hf = randomize(hf_class(copy.deepcopy(config)), seed)
     ours = registry.resolve(hf_class.__name__)(copy.deepcopy(config), **kwargs)
-    ours.load_state_dict(hf.state_dict())
+    state = hf.state_dict()
+    if ours.state_dict_adapter.layout.ambiguous:
+        state = ours.state_dict_adapter.from_hf(state)
+    ours.load_state_dict(state)
     return hf.eval(), ours.eval()
 
 

@@ -18,6 +18,9 @@ from nemo_automodel.verify.subject import Subject
 
 FIRST = "loads"
 
+FOLDED = {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"}
+"""Fields that config classes make ``layer_types`` (or ``no_rope_layers``) of, and nothing else."""
+
 
 def loads(subject: Subject) -> Outcome:
     """The first check: where this one fails, no other can run."""
@@ -38,6 +41,8 @@ def fields_read(subject: Subject) -> Outcome:
             model_class._from_config(config).to(subject.device)(ids, use_cache=False)
         read.append(names)
     own = vars(subject.config).keys() - vars(PreTrainedConfig()).keys()  # not what every model of transformers has
+    if getattr(subject.config, "layer_types", None):
+        own -= FOLDED
     missed = [name for name in sorted((read[0] - read[1]) & own) if getattr(subject.config, name)]
     if missed:
         shown = ", ".join(f"config.{name}={getattr(subject.config, name)!r}" for name in missed)

@@ -4,6 +4,8 @@ A family (``components/models/<name>/model.py``) gives a config class and a `Dec
 Shapes: B batch, S sequence, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +34,17 @@ from nemo_automodel.components.models.common.tp_plan import layers_plan_of
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Layer type -> the function of transformers that makes its attention mask (and finds packed documents)."""
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a factor that is rounded to their dtype."""
+
+    def __init__(self, *args: Any, factor: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.factor = factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * torch.tensor(self.factor, dtype=self.weight.dtype)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -127,7 +140,10 @@ class DecoderModel(DecoderPreTrainedModel):
         super().__init__(config)
         self.spec = spec
         self.embedding_dropout = spec.embedding_dropout
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        embedding: Callable[..., nn.Embedding] = nn.Embedding
+        if spec.embedding_multiplier_rounded:
+            embedding = partial(ScaledEmbedding, factor=spec.embedding_multiplier)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             DecoderLayer(config, spec, layer_idx, backend) for layer_idx in range(config.num_hidden_layers)
         )
@@ -210,9 +226,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def _first_hidden_states(self, inputs_embeds: Tensor) -> Tensor:
         factor = self.spec.embedding_multiplier
-        if self.spec.embedding_multiplier_rounded:
-            inputs_embeds = inputs_embeds * torch.tensor(factor, dtype=inputs_embeds.dtype)
-        elif factor != 1.0:
+        if factor != 1.0 and not self.spec.embedding_multiplier_rounded:
             inputs_embeds = inputs_embeds * factor
         return F.dropout(inputs_embeds, self.embedding_dropout, self.training)
 

@@ -25,6 +25,7 @@ from nemo_automodel.components.checkpoint.shards import empty_local, with_local
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
     HEAD,
+    OWN_ROWS,
     CombinedProjectionStateDictAdapter,
 )
 from nemo_automodel.components.models.common.pretrained import (
@@ -221,6 +222,12 @@ class HFCheckpointingMixin(_Base):
             together=together,
         )
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Own names; marked, so that `load_state_dict` can tell them from a checkpoint's that read the same."""
+        state = super().state_dict(*args, **kwargs)
+        setattr(state, OWN_ROWS, True)
+        return state
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load own names, or Hugging Face's: the rows of ``q_proj`` and the like go to their place in the fused one.
 
@@ -233,7 +240,7 @@ class HFCheckpointingMixin(_Base):
         layout = self.state_dict_adapter.layout
         current = self.state_dict()
         if not any(layout.locate(key).own in current for key in state_dict if key not in current):
-            if layout.ambiguous and not hasattr(state_dict, "_metadata"):
+            if layout.ambiguous and not hasattr(state_dict, OWN_ROWS):
                 raise ValueError(
                     f"checkpoints of {type(self).__name__} name a tensor as the model does, with its rows in another "
                     "order, and this dict does not say whose it is: load a folder with from_pretrained, or pass "

@@ -41,6 +41,11 @@ class RopeSpec:
         return self.layers is None or self.layers[layer_idx]
 
 
+def rope_field(config: Any, name: str, default: Any = None) -> Any:
+    """What ``config.rope_parameters`` says under ``name``; ``default`` where it says nothing."""
+    return config.rope_parameters.get(name, default)
+
+
 def default_inverse_frequencies(config: PreTrainedConfig, share: float = 1.0, **kwargs: Any) -> tuple[Tensor, float]:
     """``theta^(-2i/d)`` for ``i < d/2`` (fp32 ``[d/2]``, ``d`` channels turn), and the factor 1.0 on cos and sin."""
     dim = int(head_dim_of(config) * share)

@@ -55,7 +55,8 @@ class DecoderSpec:
         rope: how queries and keys turn.
         mlp: builds the MLP from the config: a class, or a `functools.partial` of one.
         embedding_multiplier: factor on the token embeddings.
-        embedding_multiplier_rounded: whether that factor is rounded to the embeddings' dtype first.
+        embedding_multiplier_rounded: whether ``embed_tokens`` itself multiplies, by that factor rounded to its dtype;
+            otherwise a given ``inputs_embeds`` is multiplied too.
         embedding_dropout: probability of dropping a channel of them while training.
         residual_multiplier: factor on each branch before it joins the residual stream.
         residual_dropout: probability of dropping a channel of a branch while training.

@@ -11,7 +11,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig
 
 from nemo_automodel.components.layout import GATE_UP, Fusion, Layout, qkv_fusion
-from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of
+from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of, kv_heads_of
+
+OWN_ROWS = "_automodel_own_rows"
+"""Attribute of a state dict whose fused tensors have their rows in the model's own order."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -38,7 +41,7 @@ class CombinedProjectionStateDictAdapter:
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
         self.qkv = self.qkv_rows(qkv_fusion(heads, kv_heads, head_dim_of(config)))
         gate_up = (self.gate_up_rows(GATE_UP),) if self.fuses_gate_up else ()
         self.layout = Layout((self.qkv, *gate_up), self.renames)
@@ -62,7 +65,7 @@ class CombinedProjectionStateDictAdapter:
         """
         located = {key: self.layout.locate(key) for key in hf_state_dict}
         state_dict: OrderedDict[str, Tensor] = OrderedDict()
-        state_dict._metadata = OrderedDict()  # type: ignore[attr-defined]  # as in what a module's state_dict() gives
+        setattr(state_dict, OWN_ROWS, True)
         for key, place in located.items():
             if place.fusion is None:
                 state_dict[place.own] = hf_state_dict[key]

@@ -1,0 +1,3 @@
+from nemo_automodel.components.models.apertus.model import ApertusForCausalLM
+
+__all__ = ["ApertusForCausalLM"]

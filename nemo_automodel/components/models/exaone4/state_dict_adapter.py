@@ -1,0 +1,9 @@
+"""EXAONE 4's checkpoints hold the standard separate projections."""
+
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    CombinedProjectionStateDictAdapter,
+)
+
+
+class Exaone4StateDictAdapter(CombinedProjectionStateDictAdapter):
+    """The standard adapter."""

@@ -1,0 +1,3 @@
+from nemo_automodel.components.models.glm.model import GlmForCausalLM, GlmForSequenceClassification
+
+__all__ = ["GlmForCausalLM", "GlmForSequenceClassification"]

@@ -1,0 +1,3 @@
+from nemo_automodel.components.models.granite.model import GraniteForCausalLM
+
+__all__ = ["GraniteForCausalLM"]

@@ -1,0 +1,9 @@
+"""Granite's checkpoints hold the standard separate projections."""
+
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    CombinedProjectionStateDictAdapter,
+)
+
+
+class GraniteStateDictAdapter(CombinedProjectionStateDictAdapter):
+    """The standard adapter."""

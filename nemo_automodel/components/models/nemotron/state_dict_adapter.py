@@ -1,0 +1,11 @@
+"""Nemotron's checkpoints hold the standard separate projections; there is no gate."""
+
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    CombinedProjectionStateDictAdapter,
+)
+
+
+class NemotronStateDictAdapter(CombinedProjectionStateDictAdapter):
+    """The standard adapter, for an MLP without a gate."""
+
+    fuses_gate_up = False

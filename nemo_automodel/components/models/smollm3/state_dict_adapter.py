@@ -1,0 +1,9 @@
+"""SmolLM3's checkpoints hold the standard separate projections."""
+
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    CombinedProjectionStateDictAdapter,
+)
+
+
+class SmolLM3StateDictAdapter(CombinedProjectionStateDictAdapter):
+    """The standard adapter."""
