@@ -55,8 +55,10 @@ def _sizes(config: PreTrainedConfig, keep_rope: bool) -> dict[str, Any]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     # four groups of heads at most, so that meshes of two and four can be tried; groups of three show what two hide
-    kv = min(kv_heads, 2 if kv_heads < heads else 4)
-    tiny_heads = kv * min(heads // kv_heads, 3)
+    kv, group = min(kv_heads, 2 if kv_heads < heads else 4), min(heads // kv_heads, 3)
+    if keep_rope:  # real heads are wide: as few as show the same
+        kv, group = 1, min(group, 2)
+    tiny_heads = kv * group
     own = getattr(config, "head_dim", None)
     head_dim = (own or config.hidden_size // heads) if keep_rope else HEAD_DIM
     apart = own is not None and own * heads != config.hidden_size

@@ -1,4 +1,4 @@
-"""The long form of every family's own test: all checks, compilation and ranks included."""
+"""The long form of every family's own test: on ranks as well."""
 
 from functools import partial
 from importlib import import_module
@@ -17,6 +17,6 @@ FAMILIES = [module for module in NAMED if hasattr(module, "test_equals_transform
 @pytest.mark.slow
 @pytest.mark.parametrize("module", FAMILIES, ids=lambda module: module.__name__.rpartition("_")[2])
 def test_in_full(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    in_full = partial(assert_verified, quick=False, meshes=["tp=2", "fsdp=2"])
+    in_full = partial(assert_verified, meshes=["tp=2", "fsdp=2"])
     monkeypatch.setattr(module, "assert_verified", in_full)
     module.test_equals_transformers(list(module.CONFIGS)[-1], tmp_path)
