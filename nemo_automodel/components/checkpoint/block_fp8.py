@@ -16,11 +16,11 @@ from nemo_automodel.components.checkpoint.reading import (
     check_range,
     refuse_non_finite,
 )
+from nemo_automodel.components.problems import listed
 
 _SCALE = "_scale_inv"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
-_SHOWN = 8
 
 PIECE = 2**18
 """Elements that are dequantized at a time: a megabyte of float32."""
@@ -104,8 +104,7 @@ class BlockFP8Reader(TensorReader):
             ),
         ]
         if problems:
-            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-            raise CheckpointError("\n  ".join([*problems[:_SHOWN], *more]))
+            raise CheckpointError(listed(problems))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

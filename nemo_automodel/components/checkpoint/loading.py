@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nemo_automodel.components.checkpoint.reading import CheckpointError, Scratch, TensorReader
 from nemo_automodel.components.checkpoint.shards import Region, empty_local, with_local
 from nemo_automodel.components.layout import Layout, PartKey
+from nemo_automodel.components.problems import listed
 
 READERS = 4
 """Pieces in flight."""
@@ -20,7 +21,6 @@ READERS = 4
 PIECE = 4 * 2**20
 """Bytes of a piece, the unit of reading: small enough for the cache where it takes a detour to be permuted or cast."""
 
-_SHOWN = 8
 _SHORT = 8  # rows: stretches that are shorter on average are not worth a read each
 
 
@@ -214,8 +214,7 @@ def _check(
 def refuse(reader: TensorReader, problems: list[str]) -> None:
     """Raise a CheckpointError that lists the first of the problems and counts the rest; none of them: do nothing."""
     if problems:
-        shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
-        raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(shown))
+        raise CheckpointError(f"{reader.path} does not fit the model:\n  {listed(problems)}")
 
 
 def _named(what: str, keys: list[str]) -> list[str]:

@@ -16,11 +16,11 @@ from nemo_automodel.components.peft.config import LoRAConfig, Update
 from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.peft.model import leaf, lora_layers, part_paths
 from nemo_automodel.components.placement import fill, whole
+from nemo_automodel.components.problems import listed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ def layout_of(model: nn.Module) -> Layout:
 def refuse(what: str, problems: list[str]) -> None:
     """Raise a ValueError that lists the first of the problems and counts the rest; none of them: do nothing."""
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise ValueError(f"{what}:\n  " + "\n  ".join(problems[:_SHOWN] + more))
+        raise ValueError(f"{what}:\n  {listed(problems)}")
 
 
 def _adapted(model: nn.Module, layout: Layout) -> list[tuple[str, LoRALinear, str]]:
