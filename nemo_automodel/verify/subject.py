@@ -2,7 +2,6 @@
 
 import copy
 import tempfile
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -93,10 +92,6 @@ class Subject:
         """Whether the implementation says that it supports that attention."""
         flag = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}[attn]
         return bool(getattr(self.target.model_class, flag, False))
-
-    def to_hf(self, model: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The implementation's tensors under Hugging Face's names."""
-        return dict(model.state_dict_adapter.to_hf(dict(tensors)))
 
 
 class Step:

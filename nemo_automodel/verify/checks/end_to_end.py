@@ -1,5 +1,6 @@
 """The whole model: one training step in three precisions, generation, masks, long inputs, backends."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ GENERATED = 16
 
 def training_step(subject: Subject) -> Outcome:
     """Logits, loss and the gradient of every parameter in fp32, beside the float64 truth."""
-    return _step(subject, torch.float32)
+    truth = subject.truth.tensors()
+    reference, ours = (step(model, subject.tokens()).tensors() for model in (subject.reference(), subject.ours()))
+    if ours.keys() != truth.keys():
+        return _one_sided(ours, truth)
+    differences = [rounding(name, ours[name], reference[name], truth[name]) for name in truth]
+    return judge(differences, f"logits, loss and {len(truth) - 2} gradients, beside the reference's own rounding")
 
 
 def gradients_in_float64(subject: Subject) -> Outcome:
@@ -34,19 +40,12 @@ def gradients_in_float64(subject: Subject) -> Outcome:
         ours = step(subject.ours(torch.float64), subject.tokens()).tensors()
     truth = subject.truth.tensors()
     if ours.keys() != truth.keys():
-        return Outcome(False, f"gradients that are on one side only: {sorted(ours.keys() ^ truth.keys())[:4]}")
+        return _one_sided(ours, truth)
     return judge([formula(name, ours[name], truth[name]) for name in truth], f"{len(truth)} tensors in float64")
 
 
-def _step(subject: Subject, dtype: torch.dtype) -> Outcome:
-    truth = subject.truth.tensors()
-    reference, ours = (
-        step(model, subject.tokens()).tensors() for model in (subject.reference(dtype), subject.ours(dtype))
-    )
-    if ours.keys() != truth.keys():
-        return Outcome(False, f"gradients that are on one side only: {sorted(ours.keys() ^ truth.keys())[:4]}")
-    differences = [rounding(name, ours[name], reference[name], truth[name]) for name in truth]
-    return judge(differences, f"logits, loss and {len(truth) - 2} gradients, beside the reference's own rounding")
+def _one_sided(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Outcome:
+    return Outcome(False, f"gradients that are on one side only: {sorted(ours.keys() ^ truth.keys())[:4]}")
 
 
 BF16_SAMPLES = 4

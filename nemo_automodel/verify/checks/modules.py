@@ -1,7 +1,7 @@
 """Module by module in float64, where right formulas agree to thirteen digits and wrong ones do not."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,33 @@ def positions(subject: Subject) -> Outcome:
     return compare_modules(subject, input_ids=ids, position_ids=late)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Both models in float64, and what went through each."""
+
+    reference: Any
+    ours: Any
+    expected: Trace
+    actual: Trace
+    inputs: dict[str, Any]
+
+    @classmethod
+    def run(cls, subject: Subject, inputs: dict[str, Any]) -> "Pair":
+        """Load both and run them on ``inputs``."""
+        with Exact():
+            reference, ours = subject.reference(torch.float64), subject.ours(torch.float64)
+            expected, actual = (trace(model, use_cache=False, **inputs) for model in (reference, ours))
+        return cls(reference, ours, expected, actual, inputs)
+
+
 def compare_modules(subject: Subject, **inputs: Any) -> Outcome:
     """Run both in float64 on ``inputs`` and compare all that their modules take and give."""
+    return _compare(subject, Pair.run(subject, inputs))
+
+
+def _compare(subject: Subject, pair: Pair) -> Outcome:
+    expected, actual = pair.expected, pair.actual
     with Exact():
-        reference, ours = subject.reference(torch.float64), subject.ours(torch.float64)
-        expected, actual = (trace(model, use_cache=False, **inputs) for model in (reference, ours))
         shared = [point for point in expected if point in actual]
         found = {point: formula(str(point), actual[point], expected[point]) for point in shared}
         inner = {point for point, trunk in _trunk_after(shared) if found[trunk].passed and not found[point].passed}
@@ -40,7 +62,7 @@ def compare_modules(subject: Subject, **inputs: Any) -> Outcome:
         differences = tuple(found[point] for point in shared if point not in inner)
         if wrong is not None:
             first = found[wrong]
-            looks = explain(wrong, expected, actual, reference, ours, inputs)
+            looks = explain(wrong, expected, actual, pair.reference, pair.ours, pair.inputs)
             where = str(wrong) if wrong.module else "the logits"
             return Outcome(
                 False,
@@ -116,13 +138,10 @@ def real_rope(subject: Subject) -> Outcome:
     positions = (starts[:, None] + torch.arange(LENGTH)).to(subject.device)
     with Subject(replace(subject.target, tiny=tiny), subject.device) as full:
         inputs = {"input_ids": full.tokens(3), "position_ids": positions}
-        outcome = compare_modules(full, **inputs)
+        pair = Pair.run(full, inputs)
+        outcome, truth, same = _compare(full, pair), pair.expected, pair.actual
         if not outcome.passed:
             return outcome
-        with Exact():
-            truth, same = (
-                trace(build(torch.float64), use_cache=False, **inputs) for build in (full.reference, full.ours)
-            )
         low, own = (_low(full, build, inputs) for build in (full.reference, full.ours))
         differences = []
         for point, table in truth.items():
