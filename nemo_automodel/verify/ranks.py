@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,23 @@ class RankError(RuntimeError):
     """A rank raised (its traceback is the note), died or was not done in time."""
 
 
-def run_ranks(count: int, function: Callable[..., None], *args: Any, timeout: float) -> None:
-    """Call ``function(*args)`` on ``count`` ranks with a gloo group over all of them, and wait for all.
+def run_ranks(
+    count: int, function: Callable[..., Any], *args: Any, timeout: float, preload: Sequence[str] = ()
+) -> list[Any]:
+    """``[function(*args) on rank 0, on rank 1, ...]``, each with a gloo group over all ``count`` of them.
 
     Args:
         count: of the ranks.
         function: a module's own: it is pickled by name.
-        *args: pickled.
+        *args: pickled, as are the results.
         timeout: seconds until all must be done.
+        preload: modules that the server imports, should it not have started yet; default: the function's.
 
     Raises:
         RankError: one was not; no rank is running any more then.
     """
     server, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + timeout
-    server.set_forkserver_preload([function.__module__])
+    server.set_forkserver_preload(list(preload) or [function.__module__])
     with tempfile.TemporaryDirectory(prefix="automodel-ranks-") as folder:
         pipes = [server.Pipe(duplex=False) for _ in range(count)]
         processes = [
@@ -48,7 +51,7 @@ def run_ranks(count: int, function: Callable[..., None], *args: Any, timeout: fl
             for process, (_, sender) in zip(processes, pipes, strict=True):
                 process.start()
                 sender.close()  # so that a rank that dies is heard of
-            _wait({receiver: rank for rank, (receiver, _) in enumerate(pipes)}, deadline, timeout)
+            return _results({receiver: rank for rank, (receiver, _) in enumerate(pipes)}, deadline, timeout)
         finally:
             for process in processes:
                 if process.pid is not None:
@@ -56,8 +59,9 @@ def run_ranks(count: int, function: Callable[..., None], *args: Any, timeout: fl
                     process.join()
 
 
-def _wait(ranks: dict[Connection, int], deadline: float, timeout: float) -> None:
-    """Until every rank has said that it is done."""
+def _results(ranks: dict[Connection, int], deadline: float, timeout: float) -> list[Any]:
+    """Of every rank, in their order, once all have said that they are done."""
+    results: dict[int, Any] = {}
     while ranks:
         ready = [
             each for each in wait(list(ranks), max(0.0, deadline - time.monotonic())) if isinstance(each, Connection)
@@ -70,30 +74,29 @@ def _wait(ranks: dict[Connection, int], deadline: float, timeout: float) -> None
         for receiver in ready:
             rank = ranks.pop(receiver)
             try:
-                failure = receiver.recv()
+                failure, results[rank] = receiver.recv()
             except EOFError:
                 raise RankError(f"rank {rank} died without a word (killed, or out of memory)") from None
             if failure is not None:
                 error = RankError(f"rank {rank}: {failure[0]}")
                 error.add_note(f"On rank {rank}:\n{failure[1]}")
                 raise error
+    return [results[rank] for rank in sorted(results)]
 
 
 def _rank(
-    rank: int, count: int, folder: Path, sender: Connection, function: Callable[..., None], args: tuple[Any, ...]
+    rank: int, count: int, folder: Path, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # torch's hints about speed, from every rank
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    failure = None
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-        function(*args)
+        sender.send((None, function(*args)))
     except BaseException as error:
-        failure = (f"{type(error).__name__}: {error}", traceback.format_exc())
-    sender.send(failure)
+        sender.send(((f"{type(error).__name__}: {error}", traceback.format_exc()), None))
 
 
 def _end_with_parent() -> None:
