@@ -1,0 +1,1 @@
+"""Triton kernels, each beside its readable PyTorch reference. A leaf: imports torch and, where there is one, triton."""
