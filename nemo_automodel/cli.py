@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_automodel import __version__
 from nemo_automodel.config import ConfigError, dump_config, format_help, load_config
+from nemo_automodel.recipes.workloads import WORKLOADS, find_workload
 
 _TRAIN_INTRO = (
     "Train a dense Hugging Face causal language model: pretraining, SFT or LoRA, by configuration. Everything is "
@@ -142,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
     merge.set_defaults(run=_merge)
 
+    _add_verify(commands)
+    _add_new(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="prove that an implementation equals its reference, or name the place where it does not",
@@ -164,8 +172,6 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--html", type=Path, metavar="FILE", help="write a page with tables and plots")
     verify.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     verify.set_defaults(run=_verify)
-    _add_new(commands)
-    return parser
 
 
 def _add_new(commands: Any) -> None:
@@ -184,6 +190,45 @@ def _add_new(commands: Any) -> None:
     new.add_argument("--out", type=Path, metavar="FOLDER", help="a folder of its own, outside the repository")
     new.add_argument("--quick", action="store_true", help="leave the slow checks of the verification out")
     new.set_defaults(run=_new)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure a training step on this machine, beside transformers",
+        description="Train random weights on random tokens for a few steps and print tokens/s, model TFLOP/s and their "
+        "share of this device's best matrix product, memory, and the time of each part of the step. Every variant "
+        "runs in a process of its own. Exit status 0: all of ours ran, 1: one failed, 2: bad input.",
+    )
+    bench.add_argument(
+        "workload", metavar="WORKLOAD", help=f"{', '.join(WORKLOADS)}, or a folder with a config.json (--lora, --full)"
+    )
+    method = bench.add_mutually_exclusive_group()
+    method.add_argument("--lora", dest="lora", action="store_true", default=None, help="adapters, r=16, everywhere")
+    method.add_argument("--full", dest="lora", action="store_false", default=None, help="all weights")
+    bench.add_argument("--rows", type=int, help="per step (default: the workload's; 1 for a folder)")
+    bench.add_argument("--length", type=int, help="tokens in a row (default: the workload's; 4096 for a folder)")
+    bench.add_argument(
+        "--variant",
+        nargs="*",
+        action="append",
+        metavar="KEY=VALUE",
+        help="a row of ours with these keys of the training configuration, as backend.attn=flex lora.r=8 "
+        "train.micro_batch_size=1; may be repeated; alone it is the defaults (default: one row, the defaults)",
+    )
+    bench.add_argument(
+        "--peers",
+        nargs="?",
+        const="hf,hf_liger,hf_compile",
+        metavar="NAMES",
+        help="measure transformers in the same run: hf, hf_liger (needs liger-kernel), hf_compile; without NAMES all",
+    )
+    bench.add_argument("--steps", type=int, default=5, help="that are measured (default: %(default)s)")
+    bench.add_argument("--warmup", type=int, default=4, help="steps before them (default: %(default)s)")
+    bench.add_argument("--profile", action="store_true", help="time by kind of kernel, and the longest kernels")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    bench.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
+    bench.set_defaults(run=_bench)
 
 
 def _train(arguments: list[str]) -> int:
@@ -279,6 +324,24 @@ def _new(options: argparse.Namespace) -> int:
 
     outcome = new(options.name, options.source, like=options.like, out=options.out, quick=options.quick)
     return 0 if outcome.report.passed else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    workload = find_workload(options.workload, lora=options.lora, rows=options.rows, length=options.length)
+    from nemo_automodel.recipes.bench import BenchOptions, bench, show
+
+    chosen = BenchOptions(
+        variants=options.variant or [[]],
+        peers=options.peers.split(",") if options.peers else [],
+        steps=options.steps,
+        warmup=options.warmup,
+        profile=options.profile,
+        device=options.device,
+        json=options.json,
+    )
+    report = bench(workload, chosen)
+    show(report)
+    return int(any("error" in row for row in report["rows"] if row["variant"] == "ours"))
 
 
 if __name__ == "__main__":

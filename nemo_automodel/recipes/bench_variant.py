@@ -1,0 +1,274 @@
+"""One row of `automodel bench`, measured in a process of its own: Liger patches transformers for good.
+
+python -m nemo_automodel.recipes.bench_variant REQUEST.json RESULT.json
+"""
+
+import importlib
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nemo_automodel.components.data import Batch, Example, collate
+from nemo_automodel.components.metrics import peak_memory_gb
+from nemo_automodel.components.optim import MasterAdamW, OptimConfig
+from nemo_automodel.components.peft import LoRAConfig
+from nemo_automodel.config import ConfigError, arg, load_config, required
+from nemo_automodel.recipes.building import auto_dtype, build_model
+from nemo_automodel.recipes.flops import matmul_peak
+from nemo_automodel.recipes.step_parts import BACKWARD, OTHER, PARTS, PartTimer, between, kernel_table, now
+from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, train_step
+
+OURS = "ours"
+PEERS = ("hf", "hf_liger", "hf_compile")
+LR = 1e-5
+BATCHES = 4
+"""Different batches, taken in turn: a loss that falls has learnt them by heart."""
+
+_IDLE = ("epochs", "max_steps", "validate_every", "save_every", "async_save", "keep_last", "log_every", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        variant: ``"ours"``, or a name in `PEERS`.
+        overrides: of ours, as ``--backend.attn=flex``.
+        folder: has the ``config.json``.
+        lora: rank, None for all weights.
+        rows: per optimizer step.
+        length: tokens in a row.
+        steps: that are measured.
+        warmup: steps before them.
+        profile: whether to make the table of kernels.
+        device: ``cpu``, ``cuda``, ...
+    """
+
+    variant: str
+    overrides: tuple[str, ...] = ()
+    folder: str
+    lora: int | None
+    rows: int
+    length: int
+    steps: int
+    warmup: int
+    profile: bool
+    device: str
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """The sections of a training's configuration that make a step what it is."""
+
+    model: ModelConfig = required("the model")
+    train: LoopConfig = arg(LoopConfig(), "rows per step and per forward pass")
+    optim: OptimConfig = arg(OptimConfig(), "the optimizer")
+    lora: LoRAConfig | None = arg(None, "adapters")
+
+
+class Job:
+    """A model under training: what every variant offers to be measured by.
+
+    Attributes:
+        model: for its backbone.
+        optimizer: has ``step``.
+        step: one optimizer step on a batch, giving the loss as a number or a tensor on the device.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, step: Callable[[Batch], Any]):
+        self.model, self.optimizer, self.step = model, optimizer, step
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model less its head."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return cast("nn.Module", base.base_model)
+
+
+def our_config(request: Request) -> BenchConfig:
+    """The configuration of ours: the workload's, with the request's overrides (``backend.`` is ``model.backend.``).
+
+    Raises:
+        ConfigError: an override that does not exist, cannot be, or would change nothing.
+    """
+    words = [
+        f"--model.path={request.folder}",
+        "--model.from_scratch=true",
+        f"--train.batch_size={request.rows}",
+        f"--optim.lr={LR}",
+        *([f"--lora={{r: {request.lora}, alpha: 32}}"] if request.lora else []),
+    ]
+    for word in request.overrides:
+        name, _, value = word.removeprefix("--").partition("=")
+        name = f"model.{name}" if name.split(".")[0] == "backend" else name
+        if name in (f"train.{key}" for key in _IDLE) or name in ("model.path", "model.from_scratch"):
+            raise ConfigError([f"{name}={value}: would change nothing in a benchmark"])
+        words.append(f"--{name}={value}")
+    return load_config(BenchConfig, None, words)
+
+
+def our_job(request: Request, device: torch.device) -> Job:
+    """This library's: built, adapted and trained by what `automodel train` uses."""
+    config = our_config(request)
+    torch.manual_seed(config.train.seed)
+    model = build_model(cast("TrainConfig", config), None, device)
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    optimizer = MasterAdamW(trained, config.optim)
+    size = config.train.micro_batch_size or config.train.batch_size
+
+    def step(batch: Batch) -> Any:
+        rows = len(batch["input_ids"])
+        parts = [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, rows, size)]
+        return train_step(model, optimizer, parts, config.optim.lr, device, 0)[0]
+
+    return Job(model, optimizer, step)
+
+
+def peer_job(request: Request, device: torch.device) -> Job:
+    """transformers' class with sdpa and peft's adapters, AdamW on the parameters as they are."""
+    config = AutoConfig.from_pretrained(request.folder)
+    if request.variant == "hf_liger":
+        _patch_by_liger(config.model_type)
+    torch.manual_seed(0)
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=auto_dtype(device), attn_implementation="sdpa")
+    base = model.train()
+    if request.lora:
+        peft = _import("peft", "peft")
+        adapters = peft.LoraConfig(
+            r=request.lora, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    if request.variant == "hf_compile":
+        for module in base.modules():
+            if type(module).__name__ in base._no_split_modules:
+                module.compile()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, fused=True)
+
+    def step(batch: Batch) -> Tensor:
+        ids = batch["input_ids"].to(device)
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Job(model, optimizer, step)
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Build the variant, train it, and say how fast it was."""
+    device = torch.device(request.device)
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+    peak = matmul_peak(device, auto_dtype(device))
+    started = time.perf_counter()
+    job = our_job(request, device) if request.variant == OURS else peer_job(request, device)
+    rows = our_config(request).train.batch_size if request.variant == OURS else request.rows
+    batches = _batches(rows, request.length, job.model.config.vocab_size)
+    if gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    built = time.perf_counter()
+    losses = [_kept(job.step(batches[i % BATCHES])) for i in range(request.warmup)]
+    marks = [now(device)]
+    for i in range(request.steps):
+        losses.append(_kept(job.step(batches[(request.warmup + i) % BATCHES])))
+        marks.append(now(device))
+    if gpu:
+        torch.cuda.synchronize(device)
+    ended = time.perf_counter()
+    losses = [float(loss) for loss in losses]
+    if not all(map(math.isfinite, losses)):
+        raise FloatingPointError(f"the losses are not finite: {losses}")
+    times = [between(*pair) for pair in pairwise(marks)]
+    memory = peak_memory_gb(device) * 1e9 / 2**30
+    result = {
+        "tokens_per_second": rows * request.length / median(times) * 1e3,
+        "step_ms": median(times),
+        "steps_ms": times,
+        "peak_gib": memory,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "build_s": built - started,
+        "steps_s": ended - built,
+        "matmul_tflops": peak / 1e12,
+        "parts_ms": _parts(job, batches, device),
+    }
+    if request.profile:
+        result["kernels"] = kernel_table(lambda: job.step(batches[0]), device)
+    return result
+
+
+def _parts(job: Job, batches: list[Batch], device: torch.device) -> dict[str, float]:
+    """Medians over three more steps; the first one with hooks is not counted."""
+    timer, rows = PartTimer(device), []
+    with timer.watching(job.backbone, job.optimizer):
+        for batch in batches:
+            timer.begin(OTHER)
+            job.step(batch)
+            timer.begin(OTHER)
+            rows.append(timer.milliseconds())
+    medians = {part: median(row[part] for row in rows[1:]) for part in PARTS}
+    return medians if medians[BACKWARD] else {}
+
+
+def _batches(rows: int, length: int, vocabulary: int) -> list[Batch]:
+    """Random tokens, as the trainer's data comes: collated on the host."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(BATCHES):
+        ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
+        batches.append(collate([Example(row, row) for row in ids], pad_token_id=0))
+    return batches
+
+
+def _kept(loss: Any) -> Any:
+    """A loss on the device must not wait for it, and its memory may be used again."""
+    return loss.detach().clone() if isinstance(loss, Tensor) else loss
+
+
+def _patch_by_liger(model_type: str) -> None:
+    liger = _import("liger_kernel.transformers", "liger-kernel")
+    patch = getattr(liger, f"apply_liger_kernel_to_{model_type}", None)
+    if patch is None:
+        raise ValueError(f"liger-kernel has no kernels for {model_type}")
+    patch()
+
+
+def _import(name: str, package: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install {package}") from error
+
+
+def main() -> None:
+    """Measure the request in the first file, write what came of it into the second."""
+    request_file, result_file = map(Path, sys.argv[1:])
+    options = json.loads(request_file.read_text())
+    request = Request(**{**options, "overrides": tuple(options["overrides"])})
+    try:
+        result = measure(request)
+    except Exception as error:  # a row of the table, whatever it is
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"}
+    result_file.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
