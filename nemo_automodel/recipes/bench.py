@@ -245,7 +245,7 @@ def _name(request: Request) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"{row['name']}: failed: {row['error']}"
+        return f"{row['name']}: failed: {row['error'].splitlines()[0]}"
     return (
         f"{row['name']}: {row['tokens_per_second']:,.0f} tokens/s, {row['tflops']:,.3g} TFLOP/s, "
         f"{row['peak_gib']:.2f} GiB (built in {row['build_s']:.1f} s, trained for {row['steps_s']:.1f} s)"

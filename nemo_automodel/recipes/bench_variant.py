@@ -172,7 +172,7 @@ def measure(request: Request) -> dict[str, Any]:
     """Build the variant, train it, and say how fast it was."""
     device = torch.device(request.device)
     gpu = device.type == "cuda"
-    if gpu:
+    if gpu and device.index is not None:
         torch.cuda.set_device(device)
     peak = matmul_peak(device, auto_dtype(device))
     started = time.perf_counter()

@@ -79,8 +79,8 @@ def _mean_seen(length: int, window: int | None) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product of random values: the best of five rounds."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (1024, 2)
+    """FLOP/s of a large square matrix product of random values, the best of some rounds."""
+    size, repeats, rounds = (8192, 10, 20) if device.type == "cuda" else (1024, 2, 5)
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     out = torch.empty_like(a)
@@ -94,4 +94,4 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         return time.perf_counter() - started
 
     once()
-    return 2 * size**3 * repeats / min(once() for _ in range(5))
+    return 2 * size**3 * repeats / min(once() for _ in range(rounds))

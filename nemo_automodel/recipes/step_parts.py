@@ -14,18 +14,18 @@ FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER = "forward", "head and loss", "backwar
 PARTS = (FORWARD, LOSS, BACKWARD, OPTIMIZER, OTHER)
 
 KINDS: tuple[tuple[str, str], ...] = (
+    ("compiled (Inductor)", r"triton_(poi|red|per|for)_|cpp_fused|compiledfxgraph"),  # its names list what it fused
     ("attention", r"flash|fmha|attention|sdpa|flex_"),
     ("optimizer", r"adam|multi_tensor|foreach"),
     ("loss", r"cross_entropy|log_softmax|logsoftmax|nll_loss|softmax|logsumexp"),
     (
         "matrix products",
-        r"gemm|gemv|cutlass|nvjet|cublas|wgmma|xmma|splitk|aten::(mm|addmm|bmm|baddbmm)$|matmul|mkldnn|linear",
+        r"gemm|gemv|triton_tem|cutlass|nvjet|cublas|wgmma|xmma|splitk|aten::(mm|addmm|bmm|baddbmm)$|matmul|mkldnn|linear",
     ),
     ("norms", r"rms_?norm|layer_?norm|norm_kernel"),
     ("RoPE", r"rope|rotary"),
     ("activation", r"swiglu|geglu|silu|gelu|glu"),
     ("adapters", r"lora"),
-    ("compiled (Inductor)", r"triton_(poi|red|per|tem|for)|cpp_fused"),
     ("copies", r"memcpy|memset|copy|catarray|aten::(cat|clone|contiguous)$|fill|transpose_kernel"),
     ("embedding and indexing", r"embedding|index|gather|scatter|sort|radix|nonzero|scan"),
     ("reductions", r"reduce|aten::(sum|mean|linalg_vector_norm)$"),
