@@ -78,12 +78,14 @@ class Fusion:
         parts: module names in the checkpoint, in the order of their blocks.
         blocks: rows taken from each part in turn; ``sum(blocks)`` rows make one group.
         orders: for each part how the checkpoint orders its rows, None where as here; empty: all as here.
+        columns: how the checkpoint orders the last dimension of every part; None: as here.
     """
 
     fused: str
     parts: tuple[str, ...]
     blocks: tuple[int, ...]
     orders: tuple[RowOrder | None, ...] = ()
+    columns: RowOrder | None = None
 
     @property
     def group(self) -> int:
@@ -160,12 +162,22 @@ class Fusion:
         return fused.unflatten(0, (groups, self.group))[:, start : start + self.blocks[index]]
 
     def _ordered(self, value: Tensor, part: str) -> Tensor:
-        order = self.order_of(part)
-        return value if order is None else value.index_select(0, _order(order, value.shape[0])[0].to(value.device))
+        if (order := self.order_of(part)) is not None:
+            value = value.index_select(0, _order(order, value.shape[0])[0].to(value.device))
+        if self.columns is not None:
+            value = value.index_select(-1, _order(self.columns, value.shape[-1])[0].to(value.device))
+        return value
 
     def _restored(self, value: Tensor, part: str, dim: int = 0) -> Tensor:
-        order = self.order_of(part)
-        return value if order is None else value.index_select(dim, _order(order, value.shape[dim])[1].to(value.device))
+        if (order := self.order_of(part)) is not None:
+            value = value.index_select(dim, _order(order, value.shape[dim])[1].to(value.device))
+        if self.columns is not None:
+            value = value.index_select(-1, _order(self.columns, value.shape[-1])[1].to(value.device))
+        return value
+
+    def hf_columns(self, columns: int) -> Tensor | None:
+        """Of the checkpoint's tensor, the column that belongs in each of so many here; None: the same one."""
+        return None if self.columns is None else _order(self.columns, columns)[0]
 
     def _groups_of(self, rows: int) -> int:
         if rows % self.group:
@@ -218,7 +230,8 @@ class Layout:
     @property
     def ambiguous(self) -> bool:
         """Whether a name on both sides means rows in two orders, so that a state dict does not show whose it is."""
-        return any(fusion.parts == (fusion.fused,) and fusion.order_of(fusion.fused) for fusion in self.fusions)
+        own_name = [fusion for fusion in self.fusions if fusion.parts == (fusion.fused,)]
+        return any(fusion.order_of(fusion.fused) or fusion.columns for fusion in own_name)
 
     def locate(self, hf_key: str) -> PartKey:
         """Which own parameter holds the tensor called ``hf_key`` in a Hugging Face checkpoint."""
@@ -236,6 +249,14 @@ class Layout:
             return {self._hf(own_key): PartKey(own=own_key)}
         prefix = self._hf(match["prefix"])
         return {f"{prefix}{part}{match['tail']}": PartKey(own_key, part, fusion) for part in fusion.parts}
+
+    def stored_name(self, name: str) -> str:
+        """What checkpoints call a tensor or module that transformers' class calls ``name``, mostly the same.
+
+        GPT-NeoX's class calls its head ``lm_head``, as here, and its checkpoints ``embed_out``.
+        """
+        place = self.locate(name)
+        return next(key for key, each in self.hf_keys(place.own).items() if each.part == place.part)
 
     def fusion_of(self, module_name: str) -> Fusion | None:
         """The fusion of a module such as ``"model.layers.0.mlp.gate_up_proj"``, None for any other module."""
@@ -293,3 +314,8 @@ def interleaved(fusion: Fusion, rotary_dim: int) -> Fusion:
     """``qkv_proj`` for checkpoints whose RoPE turns neighbouring channels (GLM, Cohere)."""
     turned = Interleaved(fusion.blocks[1], rotary_dim)
     return replace(fusion, orders=(turned, turned, None))
+
+
+def reordered(name: str, columns: RowOrder) -> Fusion:
+    """A parameter that checkpoints hold under the name it has here, the columns of its rows in another order."""
+    return Fusion(fused=name, parts=(name,), blocks=(1,), columns=columns)

@@ -102,6 +102,7 @@ class _Piece:
         start: the first element to read, counted in the whole tensor.
         row: elements of a whole row in the file, where the shard holds some of its columns; else 0.
         column: the first of those columns.
+        order: of whole rows, the column in the file for each of the shard's, where the file's order is another.
     """
 
     key: str
@@ -111,9 +112,10 @@ class _Piece:
     start: int
     row: int
     column: int
+    order: Tensor | None = None
 
     def read(self, reader: TensorReader, scratch: Scratch) -> None:
-        if isinstance(self.own, slice) and not self.row:
+        if isinstance(self.own, slice) and not self.row and self.order is None:
             reader.read_into(self.shard[self.own], self.key, self.start)
             return
         # whole rows, in one call: a call per row costs more than the other ranks' columns, which share their pages
@@ -122,6 +124,8 @@ class _Piece:
         reader.read_into(rows, self.key, self.start)
         if self.row:
             rows = rows[:, self.column : self.column + self.shard.shape[1]]
+        if self.order is not None:
+            rows = rows.index_select(-1, self.order)
         if isinstance(self.own, slice):
             self.shard[self.own].copy_(rows)
         else:
@@ -140,7 +144,8 @@ def _pieces(
     shape, itemsize = reader.shape(key), reader.dtype(key).itemsize
     row = math.prod(shape[1:])
     cut = region.shape[1:] != shape[1:]
-    if cut and len(shape) != 2:
+    order = None if place.fusion is None else place.fusion.hf_columns(shape[-1])
+    if cut and (len(shape) != 2 or order is not None):
         raise NotImplementedError(f"{key}: {len(shape)} dims, sharded along another than the first")
     start, stop = region.offset[0], region.offset[0] + region.shape[0]
     if place.fusion is None:
@@ -155,7 +160,7 @@ def _pieces(
         for first in range(stretch.start, stretch.stop, step):
             taken = own[first : min(first + step, stretch.stop)]
             columns = (row, region.offset[1]) if cut else (0, 0)
-            yield _Piece(key, shard, _as_slice(taken), len(taken), int(hf[first]) * row, *columns)
+            yield _Piece(key, shard, _as_slice(taken), len(taken), int(hf[first]) * row, *columns, order)
 
 
 def _stretches(own: Tensor, hf: Tensor) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig
 
-from nemo_automodel.components.layout import GATE_UP, Fusion, Layout, qkv_fusion
+from nemo_automodel.components.layout import GATE_UP, Fusion, Layout, interleaved, qkv_fusion
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of, kv_heads_of
 
 OWN_ROWS = "_automodel_own_rows"
@@ -24,9 +24,9 @@ class CombinedProjectionStateDictAdapter:
 
     It works on every key whose last projection name is one of these: weights, biases, and LoRA and DoRA tensors of the
     fused projections (``lora_A`` is shared by the parts; ``lora_B`` and the DoRA magnitude hold a row per output).
-    A family whose checkpoints have other names, or keep rows in another order, says so in ``renames``, `qkv_rows` and
-    `gate_up_rows`; one with other transformations overrides `from_hf` and `to_hf`, and the loader and the exporter then
-    go through them.
+    A family whose checkpoints have other names, or keep rows in another order, says so in ``renames``, `qkv_rows`,
+    `gate_up_rows` and `other_rows`; one with other transformations overrides `from_hf` and `to_hf`, and the loader and
+    the exporter then go through them.
 
     Args:
         config: reads the head counts, ``head_dim``, ``hidden_size`` and ``tie_word_embeddings``.
@@ -44,7 +44,7 @@ class CombinedProjectionStateDictAdapter:
         heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
         self.qkv = self.qkv_rows(qkv_fusion(heads, kv_heads, head_dim_of(config)))
         gate_up = (self.gate_up_rows(GATE_UP),) if self.fuses_gate_up else ()
-        self.layout = Layout((self.qkv, *gate_up), self.renames)
+        self.layout = Layout((self.qkv, *gate_up, *self.other_rows()), self.renames)
 
     def qkv_rows(self, fusion: Fusion) -> Fusion:
         """How checkpoints keep query, key and value: `stored_as`, `concatenated`, `interleaved`; default: apart."""
@@ -53,6 +53,10 @@ class CombinedProjectionStateDictAdapter:
     def gate_up_rows(self, fusion: Fusion) -> Fusion:
         """How checkpoints keep gate and up: `concatenated`, ...; default: apart."""
         return fusion
+
+    def other_rows(self) -> tuple[Fusion, ...]:
+        """Parameters beside these that checkpoints keep in another order: `reordered`; default: none."""
+        return ()
 
     def from_hf(self, hf_state_dict: Mapping[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         """Own state dict from a Hugging Face one (plain tensors or DTensors; the input is left alone).
@@ -151,6 +155,20 @@ class CombinedProjectionStateDictAdapter:
                 "load this adapter as separate projections (automodel trains and saves them that way)"
             )
         return first
+
+
+class InterleavedRopeStateDictAdapter(CombinedProjectionStateDictAdapter):
+    """For checkpoints whose RoPE turns neighbouring channels of queries and keys (GLM, Cohere, ERNIE 4.5).
+
+    Attributes:
+        partial: whether ``partial_rotary_factor`` says how many of a head's channels turn; otherwise all do.
+    """
+
+    partial: ClassVar[bool] = False
+
+    def qkv_rows(self, fusion: Fusion) -> Fusion:
+        share = self.config.rope_parameters.get("partial_rotary_factor", 1.0) if self.partial else 1.0
+        return interleaved(fusion, int(head_dim_of(self.config) * share))
 
 
 def _is_shared(key: str) -> bool:
