@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemo_automodel.verify.names import stored_name
 from nemo_automodel.verify.outcome import formula
 from nemo_automodel.verify.trace import Point, Trace
 
@@ -40,7 +41,10 @@ class Scene:
 
     def module(self) -> nn.Module | None:
         """The reference's module at the point."""
-        return dict(self.reference.named_modules()).get(self.point.module)
+        modules = self.reference.named_modules()
+        return next(
+            (module for name, module in modules if stored_name(self.reference, name) == self.point.module), None
+        )
 
 
 def explain(point: Point, expected: Trace, actual: Trace, reference: Any, ours: Any, inputs: Mapping[str, Any]) -> str:
@@ -91,7 +95,7 @@ def _logits(scene: Scene) -> str:
         return f"the logits are {factor:.6g} times the reference's: the scaling of the logits is wrong"
     if same(scene.actual[scene.point].tanh(), scene.expected[scene.point].tanh()):
         return "the softcap of the logits is missing"
-    head = scene.expected.get(Point("lm_head", "output"))
+    head = scene.expected.get(Point(stored_name(scene.reference, "lm_head"), "output"))
     if head is not None and same(scene.actual[scene.point], head):
         return "what the reference does to the logits (scaling, softcap) is missing"
     return UNKNOWN
@@ -113,7 +117,7 @@ def _linear(scene: Scene, module: nn.Linear) -> str:
     for other, value in _neighbours(scene).items():
         if value.shape == reference.shape and same(own, value):
             return f"{name} computes what {other} should: the two are swapped"
-    if name == "lm_head":
+    if module is scene.reference.get_output_embeddings():
         embedding = scene.reference.get_input_embeddings().weight.detach()
         hidden = scene.expected[Point(scene.point.module, "input")].flatten(0, -2)
         tied = getattr(scene.reference.config, "tie_word_embeddings", False)

@@ -71,6 +71,8 @@ def _sizes(config: PreTrainedConfig, keep_rope: bool) -> dict[str, Any]:
     for name in ("intermediate_size", "shared_intermediate_size"):
         if isinstance(getattr(config, name, None), int):
             sizes[name] = 2 * hidden + 4
+    if getattr(config, "mamba_n_heads", None):  # of hybrids, whose configs check them where no layer has any, too
+        sizes |= {"mamba_n_heads": 1, "mamba_d_head": config.mamba_expand * hidden}
     if getattr(config, "sliding_window", None):
         sizes["sliding_window"] = min(config.sliding_window, 6)
     if getattr(config, "max_window_layers", None) is not None:

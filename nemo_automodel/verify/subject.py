@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from nemo_automodel.components.layout import Layout
+from nemo_automodel.components.peft import layout_of
 from nemo_automodel.verify.exact import Exact
+from nemo_automodel.verify.names import call_as_stored, stored_name
 from nemo_automodel.verify.shrink import LENGTH
 from nemo_automodel.verify.target import Target
 
@@ -69,7 +72,13 @@ class Subject:
         model = self.target.reference_class.from_pretrained(
             self.checkpoint, dtype=dtype, attn_implementation=attn, **config
         )
-        return model.to(self.device).eval()
+        return call_as_stored(model.to(self.device).eval(), self.layout)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The implementation's table of names and rows."""
+        with torch.device("meta"):
+            return layout_of(self.target.model_class(copy.deepcopy(self.config)))
 
     def ours(self, dtype: torch.dtype = torch.float32, attn: str = "eager", **options: Any) -> Any:
         """The implementation, loaded through its own ``from_pretrained``."""
@@ -95,7 +104,7 @@ class Subject:
 
 
 class Step:
-    """Logits, loss and gradients of one training step; gradients have Hugging Face's names."""
+    """Logits, loss and gradients of one training step; gradients have the checkpoint's names."""
 
     def __init__(self, logits: Tensor, loss: Tensor, gradients: dict[str, Tensor]):
         self.logits, self.loss, self.gradients = logits, loss, gradients
@@ -119,6 +128,7 @@ def step(model: Any, ids: Tensor, **inputs: Any) -> Step:
         raise ValueError(f"{absent[0]} takes no part in the loss: it has no gradient")
     if hasattr(model, "state_dict_adapter"):
         gradients = model.state_dict_adapter.to_hf(gradients)
+    gradients = {stored_name(model, name): gradient for name, gradient in gradients.items()}
     return Step(outputs.logits.detach(), outputs.loss.detach(), gradients)
 
 

@@ -1,4 +1,4 @@
-"""What every module of a model takes and gives in one forward pass, under Hugging Face's module names."""
+"""What every module of a model takes and gives in one forward pass, under the checkpoint's names of modules."""
 
 import re
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_automodel.components.peft import layout_of
+from nemo_automodel.verify.names import stored_name
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
         if not name or isinstance(module, nn.ModuleList) or name.endswith(("act_fn", "activation_fn")):
             continue
         fusion = layout.fusion_of(name) if layout is not None else None
-        names = [name] if layout is None else list(layout.hf_keys(name))
+        names = [stored_name(model, name)] if layout is None else list(layout.hf_keys(name))
 
         def before(_: Any, args: Any, kwargs: Any, names: list[str] = names) -> None:
             value = next((x for x in (*args, kwargs.get("hidden_states")) if isinstance(x, Tensor)), None)

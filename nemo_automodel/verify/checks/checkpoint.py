@@ -114,7 +114,7 @@ def real_round_trip(subject: Subject) -> Outcome:
                 )
         if own != (count := sum(parameter.numel() for parameter in reference.parameters())):
             return Outcome(False, f"the implementation has {own:,} parameters, the reference {count:,}")
-        state = reference.state_dict()
+        state = {real.layout.stored_name(name): tensor for name, tensor in reference.state_dict().items()}
         used = [key for key in real.reader if key in state]
         held = {state[key].data_ptr() for key in used}
         if made_up := [key for key, tensor in state.items() if tensor.data_ptr() not in held]:

@@ -22,6 +22,7 @@ from nemo_automodel.components.models.common.tp_plan import NotCut, tp_plan_of
 from nemo_automodel.components.placement import whole
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.exact import Exact
+from nemo_automodel.verify.names import stored_name
 from nemo_automodel.verify.outcome import NotApplicable, Outcome, bitwise, formula, judge
 from nemo_automodel.verify.ranks import run_ranks
 from nemo_automodel.verify.shrink import LENGTH
@@ -250,8 +251,11 @@ def _step(model: Any, ids: Tensor, labels: Tensor, tokens: int, ranks: int = 1) 
 
 
 def _whole(model: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Gathered, under Hugging Face's names, and with memory of their own."""
+    """Gathered, under the checkpoint's names, and with memory of their own."""
     gathered = {name: whole(tensor) for name, tensor in tensors.items()}
     if hasattr(model, "state_dict_adapter"):
         gathered = model.state_dict_adapter.to_hf(gathered)
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in gathered.items()}
+    return {
+        stored_name(model, name): tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in gathered.items()
+    }

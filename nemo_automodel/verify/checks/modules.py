@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_automodel.components.peft import layout_of
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.diagnosis import explain
 from nemo_automodel.verify.exact import Exact
@@ -107,14 +108,18 @@ def rounding_by_module(subject: Subject) -> Outcome:
     """Each norm, MLP and attention in bf16, on the reference's own input, beside the float64 truth."""
     reference, ours = subject.reference(torch.bfloat16), subject.ours(torch.bfloat16)
     exact = dict(subject.reference(torch.bfloat16).double().named_modules())
-    own_calls = calls_of(ours, subject.tokens(4))
+    own_calls, layout = calls_of(ours, subject.tokens(4)), layout_of(ours)
     differences = []
     for name, call in calls_of(reference, subject.tokens(4)).items():
         module = call.module
         if name not in own_calls or not list(module.parameters()) or isinstance(module, nn.Linear | nn.Embedding):
             continue
         with torch.no_grad():
-            low, mine = first_tensor(call.again(module)), first_tensor(own_calls[name].again(hidden_states=call.input))
+            low = first_tensor(call.again(module))
+            fusion = layout.locate(name).fusion  # of a norm whose channels have an order of their own
+            given = call.input if fusion is None else fusion.fuse([call.input])
+            mine = first_tensor(own_calls[name].again(hidden_states=given))
+            mine = mine if fusion is None else fusion.split(mine)[0]
             with Exact():
                 truth = first_tensor(call.double().again(exact[name]))
         errors = [(x.double() - truth).square().mean().sqrt().item() for x in (mine, low)]

@@ -20,6 +20,7 @@ _SCALED = (
     "shared_intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
+    "mamba_d_head",
 )
 BATCH, ROUNDS = 4, 7
 

@@ -21,6 +21,9 @@ FIRST = "loads"
 FOLDED = {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"}
 """Fields that config classes make ``layer_types`` (or ``no_rope_layers``) of, and nothing else."""
 
+OF_EXPERTS = {"num_experts_per_tok", "router_aux_loss_coef"}
+"""Fields that mean nothing where ``num_local_experts`` is 0."""
+
 
 def loads(subject: Subject) -> Outcome:
     """The first check: where this one fails, no other can run."""
@@ -43,6 +46,8 @@ def fields_read(subject: Subject) -> Outcome:
     own = vars(subject.config).keys() - vars(PreTrainedConfig()).keys()  # not what every model of transformers has
     if getattr(subject.config, "layer_types", None):
         own -= FOLDED
+    if getattr(subject.config, "num_local_experts", None) == 0:
+        own -= OF_EXPERTS
     missed = [name for name in sorted((read[0] - read[1]) & own) if getattr(subject.config, name)]
     if missed:
         shown = ", ".join(f"config.{name}={getattr(subject.config, name)!r}" for name in missed)
@@ -53,10 +58,11 @@ def fields_read(subject: Subject) -> Outcome:
 def _watched(config: PreTrainedConfig) -> tuple[PreTrainedConfig, set[str]]:
     """A copy of ``config``, and the names that are read from it from now on."""
     names: set[str] = set()
+    aliases: dict[str, str] = config.attribute_map
 
     def read(self: Any, name: str) -> Any:
-        names.add(name)
-        return object.__getattribute__(self, name)
+        names.add(aliases.get(name, name))
+        return object.__getattribute__(self, aliases.get(name, name))
 
     watched = copy.deepcopy(config)
     watched.__class__ = type(type(config).__name__, (type(config),), {"__getattribute__": read})
