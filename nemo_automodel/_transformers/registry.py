@@ -63,6 +63,7 @@ MODEL_ARCH_MAPPING: OrderedDict[str, tuple[Any, ...]] = OrderedDict(
         ("ArceeForCausalLM", (f"{_MODELS}.arcee.model", "ArceeForCausalLM")),
         ("ArceeForSequenceClassification", (f"{_MODELS}.arcee.model", "ArceeForSequenceClassification", {"retrieval"})),
         ("GraniteForCausalLM", (f"{_MODELS}.granite.model", "GraniteForCausalLM")),
+        ("GraniteMoeHybridForCausalLM", (f"{_MODELS}.granitemoehybrid.model", "GraniteMoeHybridForCausalLM")),
         ("GemmaForCausalLM", (f"{_MODELS}.gemma.model", "GemmaForCausalLM")),
         ("GemmaForSequenceClassification", (f"{_MODELS}.gemma.model", "GemmaForSequenceClassification", {"retrieval"})),
         ("Gemma2ForCausalLM", (f"{_MODELS}.gemma2.model", "Gemma2ForCausalLM")),
@@ -90,12 +91,18 @@ MODEL_ARCH_MAPPING: OrderedDict[str, tuple[Any, ...]] = OrderedDict(
         ("GlmForSequenceClassification", (f"{_MODELS}.glm.model", "GlmForSequenceClassification", {"retrieval"})),
         ("Glm4ForCausalLM", (f"{_MODELS}.glm4.model", "Glm4ForCausalLM")),
         ("Glm4ForSequenceClassification", (f"{_MODELS}.glm4.model", "Glm4ForSequenceClassification", {"retrieval"})),
+        ("CohereForCausalLM", (f"{_MODELS}.cohere.model", "CohereForCausalLM")),
         ("Cohere2ForCausalLM", (f"{_MODELS}.cohere2.model", "Cohere2ForCausalLM")),
         ("Ernie4_5ForCausalLM", (f"{_MODELS}.ernie4_5.model", "Ernie4_5ForCausalLM")),
         ("Starcoder2ForCausalLM", (f"{_MODELS}.starcoder2.model", "Starcoder2ForCausalLM")),
         (
             "Starcoder2ForSequenceClassification",
             (f"{_MODELS}.starcoder2.model", "Starcoder2ForSequenceClassification", {"retrieval"}),
+        ),
+        ("GPTNeoXForCausalLM", (f"{_MODELS}.gpt_neox.model", "GPTNeoXForCausalLM")),
+        (
+            "GPTNeoXForSequenceClassification",
+            (f"{_MODELS}.gpt_neox.model", "GPTNeoXForSequenceClassification", {"retrieval"}),
         ),
     ]
 )

@@ -143,7 +143,8 @@ class DecoderModel(DecoderPreTrainedModel):
         embedding: Callable[..., nn.Embedding] = nn.Embedding
         if spec.embedding_multiplier_rounded:
             embedding = partial(ScaledEmbedding, factor=spec.embedding_multiplier)
-        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        padding = config.pad_token_id if spec.embedding_padding else None
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, padding)
         self.layers = nn.ModuleList(
             DecoderLayer(config, spec, layer_idx, backend) for layer_idx in range(config.num_hidden_layers)
         )

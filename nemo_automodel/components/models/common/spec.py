@@ -54,6 +54,7 @@ class DecoderSpec:
         attention_dropout: probability of dropping an attention weight; None means ``config.attention_dropout``.
         rope: how queries and keys turn.
         mlp: builds the MLP from the config: a class, or a `functools.partial` of one.
+        embedding_padding: whether the row of ``config.pad_token_id`` never learns, as `torch.nn.Embedding` has it.
         embedding_multiplier: factor on the token embeddings.
         embedding_multiplier_rounded: whether ``embed_tokens`` itself multiplies, by that factor rounded to its dtype;
             otherwise a given ``inputs_embeds`` is multiplied too.
@@ -83,6 +84,7 @@ class DecoderSpec:
     attention_dropout: float | None = None
     rope: RopeSpec = field(default_factory=RopeSpec)
     mlp: Callable[[PreTrainedConfig], nn.Module] = CombinedGateUpMLP
+    embedding_padding: bool = True
     embedding_multiplier: float = 1.0
     embedding_multiplier_rounded: bool = False
     embedding_dropout: float = 0.0

@@ -1,0 +1,3 @@
+from nemo_automodel.components.models.cohere.model import CohereForCausalLM
+
+__all__ = ["CohereForCausalLM"]
