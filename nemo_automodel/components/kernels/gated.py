@@ -1,0 +1,150 @@
+"""``act(gate) * up`` straight on the interleaved output of ``gate_up_proj`` (Shazeer 2020, arXiv:2002.05202).
+
+The channels of that output alternate ``gate_0, up_0, gate_1, up_1, ...``: a thread that loads neighbours has both, so
+the kernels read and write whole cache lines where two strided views would touch every line twice.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_automodel.components.kernels.launch import jit, rows, runs_on, tl, wrapped
+
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+"""Those the kernels have, by transformers' names."""
+
+BLOCK = 1024
+
+
+def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
+    """``[..., 2 * width] -> [..., width]`` in plain operations, one rounding at the end."""
+    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    gate = gate.to(wide)
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return (active * up.to(wide)).to(gate_up.dtype)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up``: ``[..., 2 * width] -> [..., width]``, computed in fp32 and rounded once.
+
+    Args:
+        gate_up: interleaved channels, on any device; a kernel runs where it can, else `gated_reference`.
+        activation: one of `ACTIVATIONS`.
+
+    Raises:
+        KeyError: another activation.
+    """
+    code = ACTIVATIONS[activation]
+    return _Gated.apply(gate_up, code) if runs_on(gate_up) else gated_reference(gate_up, activation)
+
+
+@jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@jit
+def _activated(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation and its derivative."""
+    if KIND == 0:
+        s = tl.sigmoid(gate)
+        return gate * s, s * (1 + gate * (1 - s))
+    inner = 0.7978845608028654 * gate * (1 + 0.044715 * gate * gate)  # sqrt(2 / pi) (x + 0.044715 x^3)
+    t = _tanh(inner)
+    slope = 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
+    return 0.5 * gate * (1 + t), 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * slope
+
+
+@jit
+def _forward_kernel(GATE_UP, OUT, width, in_stride, out_stride, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    blocks = tl.cdiv(width, BLOCK)
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    pairs = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    both = tl.load(GATE_UP + row * in_stride + pairs, mask=pairs < 2 * width, other=0.0)
+    gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
+    active, _ = _activated(gate.to(tl.float32), KIND)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(
+        OUT + row * out_stride + cols, (active * up.to(tl.float32)).to(OUT.dtype.element_ty), mask=cols < width
+    )
+
+
+@jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    GRAD,
+    GATE_UP,
+    GRAD_GATE_UP,
+    OUT,
+    width,
+    grad_stride,
+    in_stride,
+    out_stride,
+    KIND: tl.constexpr,
+    WITH_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(width, BLOCK)
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    pairs = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    both = tl.load(GATE_UP + row * in_stride + pairs, mask=pairs < 2 * width, other=0.0)
+    grad = tl.load(GRAD + row * grad_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    active, slope = _activated(gate, KIND)
+    grads = tl.reshape(tl.join(grad * up * slope, grad * active), (2 * BLOCK,))
+    tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=pairs < 2 * width)
+    if WITH_OUT:
+        tl.store(OUT + row * out_stride + cols, (active * up).to(OUT.dtype.element_ty), mask=cols < width)
+
+
+@torch.library.triton_op("nemo_automodel::gated_forward", mutates_args={"out"})
+def gated_forward(gate_up: Tensor, out: Tensor, activation: int) -> None:
+    """`gated` of ``[rows, 2 * width]`` into ``out`` ``[rows, width]``, whose rows may lie apart."""
+    count, width = out.shape
+    if out.numel():
+        grid = (count * -(-width // BLOCK),)
+        wrapped(_forward_kernel)[grid](
+            gate_up, out, width, gate_up.stride(0), out.stride(0), KIND=activation, BLOCK=BLOCK, num_warps=4
+        )
+
+
+@torch.library.triton_op("nemo_automodel::gated_backward", mutates_args={"out"})
+def gated_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None, activation: int) -> Tensor:
+    """Gradient of ``gate_up`` ``[rows, 2 * width]``, interleaved like it; `gated` itself once more where ``out`` is."""
+    count, width = grad.shape
+    grad_gate_up = torch.empty((count, 2 * width), dtype=gate_up.dtype, device=gate_up.device)
+    if grad.numel():
+        wrapped(_backward_kernel)[(count * -(-width // BLOCK),)](
+            grad,
+            gate_up,
+            grad_gate_up,
+            grad_gate_up if out is None else out,
+            width,
+            grad.stride(0),
+            gate_up.stride(0),
+            0 if out is None else out.stride(0),
+            KIND=activation,
+            WITH_OUT=out is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+    return grad_gate_up
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: int) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        out = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+        gated_forward(rows(gate_up), rows(out), activation)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        return gated_backward(rows(grad), rows(gate_up), None, ctx.activation).view_as(gate_up), None

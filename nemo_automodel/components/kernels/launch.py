@@ -1,0 +1,56 @@
+"""Triton where it is installed, and whether a kernel can run on a tensor. Everything else in this room starts here."""
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+if find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    jit: Callable[..., Any] = triton.jit
+else:  # kernels are then defined, never launched: `runs_on` says no, and the PyTorch reference serves
+    triton, tl = None, SimpleNamespace(constexpr=None)  # type: ignore[assignment]
+
+    def jit(kernel: Any = None, **options: Any) -> Any:
+        return kernel if kernel is not None else jit
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs kernels in Python, on the CPU as well: slowly, to test them."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of the tensors that kernels read and write; they compute in fp32."""
+
+
+def runs_on(*tensors: Tensor | None) -> bool:
+    """Whether a kernel can take these tensors (None: not there): plain ones, on a GPU, in one of `DTYPES`."""
+    return triton is not None and all(
+        (tensor.is_cuda or INTERPRETED and tensor.device.type == "cpu")
+        and tensor.dtype in DTYPES
+        and not isinstance(tensor, DTensor)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def wrapped(kernel: Any) -> Any:
+    """The kernel as `torch.compile` sees it (an interpreted one as it is)."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``[..., n] -> [rows, n]``, channels next to each other; a view wherever strides allow it."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def power_of_two(n: int) -> int:
+    """The least one that is not below ``n``."""
+    return 1 << max(0, n - 1).bit_length()
