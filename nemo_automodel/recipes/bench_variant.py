@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -87,7 +87,7 @@ class Job:
         step: one optimizer step on a batch, giving the loss as a number or a tensor on the device.
     """
 
-    def __init__(self, model: Any, optimizer: Any, step: Callable[[Batch], Any]):
+    def __init__(self, model: Any, optimizer: Any, step: Callable[..., Any]):
         self.model, self.optimizer, self.step = model, optimizer, step
 
     @property
@@ -98,7 +98,7 @@ class Job:
 
 
 def our_config(request: Request) -> BenchConfig:
-    """The configuration of ours: the workload's, with the request's overrides (``backend.`` is ``model.backend.``).
+    """The configuration of ours: the workload's, with the request's overrides.
 
     Raises:
         ConfigError: an override that does not exist, cannot be, or would change nothing.
@@ -110,28 +110,41 @@ def our_config(request: Request) -> BenchConfig:
         f"--optim.lr={LR}",
         *([f"--lora={{r: {request.lora}, alpha: 32}}"] if request.lora else []),
     ]
-    for word in request.overrides:
-        name, _, value = word.removeprefix("--").partition("=")
+    return bench_config(words, request.overrides)
+
+
+def bench_config(words: Sequence[str], overrides: Sequence[str]) -> BenchConfig:
+    """The configuration that ``words`` say, as `load_config` takes them, under ``overrides``.
+
+    Args:
+        words: whatever they like.
+        overrides: as ``optim.lr=1e-4``, with ``backend.`` for ``model.backend.``; no key that a step does not use.
+
+    Raises:
+        ConfigError: an override that does not exist, cannot be, or would change nothing.
+    """
+    words = list(words)
+    for override in overrides:
+        name, _, value = override.removeprefix("--").partition("=")
         name = f"model.{name}" if name.split(".")[0] == "backend" else name
         if name in (f"train.{key}" for key in _IDLE) or name in ("model.path", "model.from_scratch"):
-            raise ConfigError([f"{name}={value}: would change nothing in a benchmark"])
+            raise ConfigError([f"{name}={value}: would change nothing here"])
         words.append(f"--{name}={value}")
     return load_config(BenchConfig, None, words)
 
 
-def our_job(request: Request, device: torch.device) -> Job:
+def our_job(config: BenchConfig, device: torch.device) -> Job:
     """This library's: built, adapted and trained by what `automodel train` uses."""
-    config = our_config(request)
     torch.manual_seed(config.train.seed)
     model = build_model(cast("TrainConfig", config), None, device)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     optimizer = MasterAdamW(trained, config.optim)
     size = config.train.micro_batch_size or config.train.batch_size
 
-    def step(batch: Batch) -> Any:
+    def step(batch: Batch, lr: float = config.optim.lr) -> Any:
         rows = len(batch["input_ids"])
         parts = [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, rows, size)]
-        return train_step(model, optimizer, parts, config.optim.lr, device, 0)[0]
+        return train_step(model, optimizer, parts, lr, device)[0]
 
     return Job(model, optimizer, step)
 
@@ -176,7 +189,7 @@ def measure(request: Request) -> dict[str, Any]:
         torch.cuda.set_device(device)
     peak = matmul_peak(device, auto_dtype(device))
     started = time.perf_counter()
-    job = our_job(request, device) if request.variant == OURS else peer_job(request, device)
+    job = our_job(our_config(request), device) if request.variant == OURS else peer_job(request, device)
     rows = our_config(request).train.batch_size if request.variant == OURS else request.rows
     batches = _batches(rows, request.length, job.model.config.vocab_size)
     if gpu:

@@ -3,6 +3,8 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,45 @@ def test_a_folder_is_a_workload(tmp_path: Path) -> None:
     workload = find_workload(str(tmp_path), lora=True, rows=3)
     assert (workload.lora, workload.rows, workload.length, workload.gpu_only) == (16, 3, 64, False)
     assert find_workload("llama8b_lora", lora=False).lora is None
+
+
+def load_convergence(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/convergence.py, as small as can be."""
+    spec = spec_from_file_location("convergence", Path(__file__).parents[2] / "benchmarks" / "convergence.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "convergence", module)  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TINY", replace(module.TINY, hidden=32, rows=2, length=32))
+    return module
+
+
+def test_convergence_tells_a_variant_that_learns_from_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    convergence = load_convergence(monkeypatch)
+    words = ["--tiny", "--device", "cpu", "--steps", "10"]
+    assert convergence.main([*words, "--variant", "model.dtype=float32", "--json", str(tmp_path / "curves.json")]) == 0
+    assert "within the seeds' noise" in capsys.readouterr().out
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert list(curves) == ["hf float32 eager", "hf bfloat16", "ours", "ours model.dtype=float32"]
+    assert all(len(curve) == 10 and curve[-1] < curve[0] for pair in curves.values() for curve in pair)
+    for ours, reference in zip(curves["ours model.dtype=float32"], curves["hf float32 eager"], strict=True):
+        assert ours == pytest.approx(reference, rel=1e-4)  # one optimizer on the same gradients
+    assert convergence.main([*words, "--variant", "optim.lr=3e-4"]) == 1
+    assert "further than the seeds" in capsys.readouterr().out
+
+
+def test_the_chain_of_convergence_is_of_order_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = load_convergence(monkeypatch).Chain(16, groups=2)
+    ids = chain.batch(64, 128, 7)
+    assert torch.equal(ids, chain.batch(64, 128, 7))
+    assert not torch.equal(ids, chain.batch(64, 128, 8))
+    allowed = chain.following[ids[:, :-2] % 2, ids[:, 1:-1]]
+    assert (allowed == ids[:, 2:, None]).any(-1).all()
+    first = (allowed[..., 0] == ids[:, 2:]).float().mean().item()
+    assert 0.5 < first < 0.7  # half, and where the same token stands twice among the four
 
 
 @pytest.mark.parametrize(
