@@ -1,0 +1,215 @@
+"""Cross entropy of a linear head without the full logits.
+
+The rows of the hidden states go through the head a chunk at a time. A chunk's logits become their own gradient in
+place, which gives the gradients of hidden states and head at once; nothing of size rows x vocabulary outlives its chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_automodel.components.kernels.launch import jit, runs_on, tl, wrapped
+
+IGNORE = -100
+CHUNK = 2**28
+"""Logits of one chunk, at most."""
+BLOCK = 8192
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, multiplier: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """`linear_cross_entropy` in plain operations, on all logits at once."""
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * multiplier
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    multiplier: float = 1.0,
+    softcap: float | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Sum over rows of ``logsumexp(logits) - logits[target]``, fp32, with ``logits = multiplier * hidden @ weight.T``.
+
+    Args:
+        hidden: ``[rows, n]``, on any device; kernels run where they can, else the reference.
+        weight: ``[vocabulary, n]``; with ``group`` this rank's part of the vocabulary.
+        targets: ``[rows]`` int64, `IGNORE` where there is nothing to predict.
+        multiplier: factor on the logits.
+        softcap: logits then become ``softcap * tanh(logits / softcap)``.
+        group: ranks that hold equal parts of the vocabulary, in their order; the hidden states' gradient is this rank's
+            term of their sum.
+
+    Raises:
+        ValueError: a ``group`` where the kernels cannot run.
+    """
+    if runs_on(hidden, weight) and hidden.dtype == weight.dtype:
+        return _LinearCrossEntropy.apply(hidden, weight, targets, multiplier, softcap or 0.0, group)
+    if group is not None:
+        raise ValueError(f"a vocabulary in parts needs the kernels, which do not run on {hidden.dtype} {hidden.device}")
+    return linear_cross_entropy_reference(hidden, weight, targets, multiplier, softcap)
+
+
+@jit
+def _capped(logits, multiplier, softcap, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    logits = logits.to(tl.float32) * multiplier
+    if CAP:
+        logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)
+    return logits
+
+
+@jit
+def _statistics_kernel(  # type: ignore[no-untyped-def]
+    LOGITS, TARGETS, MAXIMUM, SUM, AT_TARGET, stride, first, multiplier, softcap,
+    V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    highest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        logits = tl.load(LOGITS + row * stride + cols, mask=cols < V, other=0.0)
+        logits = tl.where(cols < V, _capped(logits, multiplier, softcap, CAP), -float("inf"))
+        higher = tl.maximum(highest, logits)
+        # a lane that has seen nothing yet is -inf, as is a masked one
+        seen = higher > -float("inf")
+        total = total * tl.where(seen, tl.exp(highest - higher), 0.0) + tl.where(seen, tl.exp(logits - higher), 0.0)
+        highest = higher
+    maximum = tl.max(highest, 0)
+    tl.store(MAXIMUM + row, maximum)
+    tl.store(SUM + row, tl.sum(tl.where(highest > -float("inf"), total * tl.exp(highest - maximum), 0.0), 0))
+    target = tl.load(TARGETS + row) - first
+    here = (target >= 0) & (target < V)
+    at_target = tl.load(LOGITS + row * stride + tl.where(here, target, 0))
+    tl.store(AT_TARGET + row, tl.where(here, _capped(at_target, multiplier, softcap, CAP), 0.0))
+
+
+@jit
+def _gradient_kernel(  # type: ignore[no-untyped-def]
+    LOGITS, TARGETS, LSE, stride, first, multiplier, softcap,
+    V: tl.constexpr, CAP: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(TARGETS + row)
+    lse = tl.load(LSE + row)
+    counted = target != IGNORE
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        at = LOGITS + row * stride + cols
+        logits = _capped(tl.load(at, mask=cols < V, other=0.0), multiplier, softcap, CAP)
+        grad = tl.exp(logits - lse) - tl.where(cols == target - first, 1.0, 0.0)
+        if CAP:
+            grad *= 1 - (logits / softcap) * (logits / softcap)
+        grad = tl.where(counted, grad * multiplier, 0.0)
+        tl.store(at, grad.to(LOGITS.dtype.element_ty), mask=cols < V)
+
+
+@torch.library.triton_op("nemo_automodel::cross_entropy_statistics", mutates_args={})
+def cross_entropy_statistics(
+    logits: Tensor, targets: Tensor, first: int, multiplier: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row: the highest logit, the sum of exponentials less it, the target's logit (0 where it is elsewhere)."""
+    count, vocabulary = logits.shape
+    maximum = torch.empty(count, dtype=torch.float32, device=logits.device)
+    total, at_target = torch.empty_like(maximum), torch.empty_like(maximum)
+    wrapped(_statistics_kernel)[(count,)](
+        logits, targets, maximum, total, at_target, logits.stride(0), first, multiplier, softcap,
+        V=vocabulary, CAP=softcap > 0, BLOCK=BLOCK, num_warps=16,
+    )  # fmt: skip
+    return maximum, total, at_target
+
+
+@torch.library.triton_op("nemo_automodel::cross_entropy_gradient", mutates_args={"logits"})
+def cross_entropy_gradient(
+    logits: Tensor, targets: Tensor, lse: Tensor, first: int, multiplier: float, softcap: float
+) -> None:
+    """Logits become the gradient of the loss with respect to what the head's product gave."""
+    wrapped(_gradient_kernel)[(logits.shape[0],)](
+        logits, targets, lse, logits.stride(0), first, multiplier, softcap,
+        V=logits.shape[1], CAP=softcap > 0, IGNORE=IGNORE, BLOCK=BLOCK, num_warps=16,
+    )  # fmt: skip
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        multiplier: float,
+        softcap: float,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        with_hidden, with_weight = ctx.needs_input_grad[:2]
+        rows_at_once = max(128, CHUNK // weight.shape[0] // 128 * 128)
+        chunks = hidden.split(rows_at_once)
+        first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if with_hidden else None
+        grad_weight = _Sum(weight, len(chunks)) if with_weight else None
+        done = 0
+        for chunk, wanted in zip(chunks, targets.split(rows_at_once), strict=True):
+            if not len(chunk):
+                continue
+            logits = chunk @ weight.t()
+            lse, at_target = _log_sum_exp(
+                *cross_entropy_statistics(logits, wanted, first, multiplier, softcap), group=group
+            )
+            loss += torch.where(wanted != IGNORE, lse - at_target, 0.0).sum()
+            if with_hidden or with_weight:
+                cross_entropy_gradient(logits, wanted, lse, first, multiplier, softcap)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[done : done + len(chunk)])
+            if grad_weight is not None:
+                grad_weight.add(logits.t(), chunk)
+            done += len(chunk)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.rounded())
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scaled = [None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in (grad_hidden, grad_weight)]
+        return *scaled, None, None, None, None
+
+
+def _log_sum_exp(
+    maximum: Tensor, total: Tensor, at_target: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Over the whole vocabulary, and the target's logit, from the parts of ``group``'s ranks."""
+    if group is not None:
+        highest = maximum.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        parts = torch.stack((total * torch.exp(maximum - highest), at_target))
+        dist.all_reduce(parts, group=group)
+        maximum, (total, at_target) = highest, parts
+    return maximum + torch.log(total), at_target
+
+
+class _Sum:
+    """A weight's gradient, added up in fp32 over chunks, which a single one does inside its product."""
+
+    def __init__(self, weight: Tensor, chunks: int):
+        self.dtype = weight.dtype
+        self.total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if chunks > 1 else None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self.total is None:
+            self.product = a @ b
+        elif a.is_cuda and a.dtype != torch.float32:
+            torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
+        else:
+            self.total += a @ b
+
+    def rounded(self) -> Tensor:
+        return self.product if self.total is None else self.total.to(self.dtype)
