@@ -47,9 +47,11 @@ def _hooks(model: nn.Module, found: Trace) -> Iterator[None]:
         fusion = layout.fusion_of(name) if layout is not None else None
         names = [stored_name(model, name)] if layout is None else list(layout.hf_keys(name))
 
-        def before(_: Any, args: Any, kwargs: Any, names: list[str] = names) -> None:
+        def before(_: Any, args: Any, kwargs: Any, names: list[str] = names, fusion: Any = fusion) -> None:
             value = next((x for x in (*args, kwargs.get("hidden_states")) if isinstance(x, Tensor)), None)
             if value is not None and value.is_floating_point():
+                if fusion is not None and fusion.columns is not None:  # a norm: its input is ordered as its weight is
+                    value = fusion.split(value, dim=-1)[0]
                 found.update({Point(each, "input"): value.detach() for each in names})
 
         def after(_: Any, args: Any, kwargs: Any, output: Any, names: list[str] = names, fusion: Any = fusion) -> None:

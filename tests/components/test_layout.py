@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from nemo_automodel.components.layout import (
     GATE_UP,
     Fusion,
+    Interleaved,
     Layout,
     PartKey,
     concatenated,
     interleaved,
     qkv_fusion,
+    reordered,
     stored_as,
 )
 
@@ -206,9 +208,31 @@ def test_interleaved_rope_is_half_split_rope_on_the_other_rows():
     assert torch.equal(own_v, v)
 
 
+def test_norms_of_heads_follow_their_channels():
+    norm = reordered("q_norm", Interleaved(6, 4))
+    stored = torch.arange(12).view(2, 6)
+    own = norm.fuse([stored])
+    assert own.tolist() == [[0, 2, 1, 3, 4, 5], [6, 8, 7, 9, 10, 11]]
+    assert torch.equal(norm.split(own)[0], stored)
+    assert torch.equal(norm.split(own[None], dim=-1)[0], stored[None])  # the norm's output
+    assert torch.equal(norm.read_part(own, "q_norm"), stored)
+    norm.write_part(written := torch.zeros_like(own), "q_norm", stored)
+    assert torch.equal(written, own)
+    rows, hf = norm.rows("q_norm", 1, 2, 2)
+    assert (rows.tolist(), hf.tolist()) == ([0], [1])
+    assert torch.equal(stored[:, norm.hf_columns(6)], own)
+    assert Layout((QKV, norm)).ambiguous
+    assert not LAYOUT.ambiguous
+
+
 RENAMED = Layout(
     (stored_as(QKV, "query_key_value"),),
-    (("model.layers", "gpt_neox.layers"), ("self_attn.o_proj", "self_attn.dense"), ("self_attn", "attention")),
+    (
+        ("model.layers", "gpt_neox.layers"),
+        ("self_attn.o_proj", "self_attn.dense"),
+        ("self_attn", "attention"),
+        ("lm_head", "embed_out"),
+    ),
 )
 
 
@@ -219,9 +243,16 @@ RENAMED = Layout(
         ("model.layers.3.self_attn.o_proj.weight", "gpt_neox.layers.3.attention.dense.weight"),
         ("model.layers.3.self_attn", "gpt_neox.layers.3.attention"),
         ("model.layers.3.mlp.up_proj.weight", "gpt_neox.layers.3.mlp.up_proj.weight"),
-        ("lm_head.weight", "lm_head.weight"),
+        ("lm_head.weight", "embed_out.weight"),
+        ("score.weight", "score.weight"),
     ],
 )
 def test_other_names_both_ways(own, hf):
     assert list(RENAMED.hf_keys(own)) == [hf]
     assert RENAMED.locate(hf).own == own
+    assert RENAMED.stored_name(hf) == hf
+
+
+def test_what_a_class_calls_otherwise_than_its_checkpoints():
+    assert RENAMED.stored_name("lm_head.weight") == "embed_out.weight"
+    assert LAYOUT.stored_name("model.layers.0.self_attn.k_proj.bias") == "model.layers.0.self_attn.k_proj.bias"

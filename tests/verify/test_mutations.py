@@ -391,6 +391,12 @@ MUTATIONS = {
     # training
     "labels of -100 counted": Mutation("labels and masks", "labels of -100: ", ignore_labels),
     "count of items ignored": Mutation("labels and masks", "num_items_in_batch: ", ignore_count),
+    "row of the padding token learns": Mutation(
+        "labels and masks",
+        "padding tokens without a mask: grad model.embed_tokens",
+        lambda m: setattr(m.model.embed_tokens, "padding_idx", None),
+        config={"pad_token_id": 3},
+    ),
     "another MLP in training": Mutation("training mode", "differs by", on_layers("mlp", half_in_training)),
     "dropout never applied": Mutation(
         "training mode",

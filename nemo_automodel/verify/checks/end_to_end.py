@@ -260,6 +260,8 @@ def labels_and_masks(subject: Subject) -> Outcome:
         "padding": (padded, {"labels": _labels(ids, mask), "attention_mask": mask}),
         "a bool mask": (padded, {"labels": _labels(ids, mask), "attention_mask": mask.bool()}),
     }
+    if padding_token is not None:  # whether its row of the embedding learns
+        cases["padding tokens without a mask"] = (padded, {"labels": ids})
     reference, ours = subject.reference(torch.float64), subject.ours(torch.float64)
     differences: list[Difference] = []
     with Exact():
@@ -298,11 +300,14 @@ def training_mode(subject: Subject) -> Outcome:
 
 def inputs_and_outputs(subject: Subject) -> Outcome:
     """Embeddings instead of tokens, and the last logits only."""
-    ids, model = subject.tokens(), subject.ours(torch.float64)
+    ids, model, reference = subject.tokens(), subject.ours(torch.float64), subject.reference(torch.float64)
     with Exact(), torch.no_grad():
         whole = model(ids, use_cache=False).logits
         embedded = model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).logits
         differences = [formula("inputs_embeds", embedded, whole)]
+        given = reference.get_input_embeddings()(ids)  # whether a factor on them is in there shows on others' only
+        expected, actual = (x(inputs_embeds=given, use_cache=False).logits for x in (reference, model))
+        differences.append(formula("inputs_embeds, as the reference takes them", actual, expected))
         for count in (1, 3):
             last = model(ids, use_cache=False, logits_to_keep=count).logits
             differences.append(formula(f"logits_to_keep={count}", last, whole[:, -count:]))

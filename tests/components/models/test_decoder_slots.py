@@ -8,11 +8,14 @@ import pytest
 import torch
 import transformers
 
-from nemo_automodel.components.layout import concatenated, interleaved, stored_as
+from nemo_automodel.components.layout import Interleaved, concatenated, reordered, stored_as
 from nemo_automodel.components.models.common import CombinedProjectionStateDictAdapter
 from nemo_automodel.components.models.common.backend import initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of
+from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
+    InterleavedRopeStateDictAdapter,
+)
 from nemo_automodel.components.models.common.decoder import DecoderForCausalLM
 from nemo_automodel.components.models.common.norm import NormSpec
 from nemo_automodel.components.models.common.rope import RopeSpec
@@ -36,27 +39,14 @@ class PlainAdapter(CombinedProjectionStateDictAdapter):
     fuses_gate_up = False
 
 
-class InterleavedAdapter(CombinedProjectionStateDictAdapter):
-    def qkv_rows(self, fusion):
-        return interleaved(fusion, int(head_dim_of(self.config) * share_of(self.config)))
+class InterleavedAdapter(InterleavedRopeStateDictAdapter):
+    partial = True
 
 
 class NormsOfHeadsAdapter(InterleavedAdapter):
-    """Channels of the norms are in the order of those of queries and keys."""
-
-    def from_hf(self, hf_state_dict, **kwargs):
-        dim = head_dim_of(self.config)
-        order = torch.arange(dim).view(-1, 2).T.flatten()
-        return self._reordered(super().from_hf(hf_state_dict, **kwargs), order)
-
-    def to_hf(self, state_dict, exclude_key_regex=None, **kwargs):
-        order = torch.arange(head_dim_of(self.config)).view(2, -1).T.flatten()
-        return super().to_hf(self._reordered(state_dict, order), exclude_key_regex, **kwargs)
-
-    def _reordered(self, state, order):
-        return {
-            key: x[..., order] if key.endswith(("q_norm.weight", "k_norm.weight")) else x for key, x in state.items()
-        }
+    def other_rows(self):
+        channels = Interleaved(head_dim_of(self.config), head_dim_of(self.config))
+        return reordered("q_norm", channels), reordered("k_norm", channels)
 
 
 class ConcatenatedAdapter(CombinedProjectionStateDictAdapter):
@@ -390,7 +380,6 @@ def test_generation_saving_and_loading(name, tmp_path):
         assert_near(loaded(ids).logits, hf(ids).logits)
 
 
-# not cohere: its interleaved tables are the same frequencies in another order, which the check "real RoPE" refuses
 BF16 = {
     "gemma2": {"attn_logit_softcapping": 20.0},
     "gemma3": {},
