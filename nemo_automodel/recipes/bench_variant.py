@@ -138,7 +138,7 @@ def our_job(config: BenchConfig, device: torch.device) -> Job:
     torch.manual_seed(config.train.seed)
     model = build_model(cast("TrainConfig", config), None, device)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimizer = MasterAdamW(trained, config.optim)
+    optimizer = MasterAdamW(trained, config.optim, config.train.seed)
     size = config.train.micro_batch_size or config.train.batch_size
 
     def step(batch: Batch, lr: float = config.optim.lr) -> Any:
