@@ -9,13 +9,10 @@ import torch
 import transformers
 
 from nemo_automodel.components.layout import Interleaved, concatenated, reordered, stored_as
-from nemo_automodel.components.models.common import CombinedProjectionStateDictAdapter
+from nemo_automodel.components.models.common import CombinedProjectionStateDictAdapter, InterleavedRopeStateDictAdapter
 from nemo_automodel.components.models.common.backend import initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of
-from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
-    InterleavedRopeStateDictAdapter,
-)
 from nemo_automodel.components.models.common.decoder import DecoderForCausalLM
 from nemo_automodel.components.models.common.norm import NormSpec
 from nemo_automodel.components.models.common.rope import RopeSpec

@@ -10,7 +10,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceCl
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel._transformers import registry
-from nemo_automodel.verify import assert_verified
+from nemo_automodel.components.models.gpt_neox import GPTNeoXForCausalLM as GPTNeoX
+from nemo_automodel.verify import Target, assert_verified
+from nemo_automodel.verify.checks.checkpoint import real_round_trip
+from nemo_automodel.verify.checks.modules import layer_by_layer
+from nemo_automodel.verify.subject import Subject
+from nemo_automodel.verify.target import find_target
 from tests.conftest import assert_near, randomize, tiny, tokens, twins
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -49,15 +54,33 @@ def test_a_checkpoint_of_pythia_and_back(tmp_path: Path) -> None:
     }
     save_file({**stored, **{path + name: value for name, value in old.items()}}, tmp_path / "model.safetensors")
     ours = NeMoAutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(ours) is registry.resolve("GPTNeoXForCausalLM")
+    assert type(ours) is GPTNeoX
     assert_near(ours(tokens(1, 9)).logits, hf(tokens(1, 9)).logits)
     ours.save_pretrained(tmp_path / "saved")
     saved = load_file(tmp_path / "saved/model.safetensors")
     assert saved.keys() == stored.keys()
     assert all(torch.equal(saved[key], value) for key, value in stored.items())
+    with Subject(find_target(tmp_path)) as subject:
+        found = real_round_trip(subject)
+    assert found.passed
+    assert "3 that the reference does not use either" in found.detail
     scores = registry.resolve("GPTNeoXForSequenceClassification").from_pretrained(tmp_path, num_labels=3)  # type: ignore
     assert scores.score.weight.shape == (3, 32)
     assert torch.equal(scores.model.embed_tokens.weight, hf.gpt_neox.embed_in.weight)
+
+
+def test_a_wrong_head_is_named_as_it_is_stored() -> None:
+    class Mutant(GPTNeoX):
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            model = super().from_pretrained(*args, **kwargs)
+            model.lm_head.weight = model.model.embed_tokens.weight
+            return model
+
+    with Subject(Target.of(Mutant, GPTNeoXConfig(), reference="GPTNeoXForCausalLM")) as subject:
+        found = layer_by_layer(subject)
+    assert "embed_out (output)" in found.detail
+    assert "the head is tied to the embedding" in found.detail
 
 
 def test_the_row_of_the_padding_token_learns() -> None:
@@ -79,8 +102,6 @@ def test_classifier() -> None:
 
 
 def test_refuses_heads_that_transformers_does_not_read() -> None:
-    model_class = registry.resolve("GPTNeoXForCausalLM")
-    assert model_class is not None
     for field, value in (("num_key_value_heads", 2), ("head_dim", 16)):
         with pytest.raises(ValueError, match=f"{field}={value}"):
-            model_class.decoder_spec(GPTNeoXConfig(**{field: value}))
+            GPTNeoX.decoder_spec(GPTNeoXConfig(**{field: value}))

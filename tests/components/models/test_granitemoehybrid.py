@@ -40,8 +40,8 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
 
 def test_refuses_what_is_not_dense() -> None:
     for field, value, message in (
-        ("num_local_experts", 8, "num_local_experts=8: only dense"),
-        ("layer_types", ["attention", "mamba"], "layer_types contains 'linear_attention'"),
+        ("num_local_experts", 8, "num_local_experts=8: only dense models.*transformers' own class"),
+        ("layer_types", ["attention", "mamba"], "layer_types contains 'linear_attention': only dense"),
         ("output_router_logits", True, "output_router_logits=True: a dense model"),
     ):
         config = GraniteMoeHybridConfig(num_hidden_layers=2, **{**DENSE, field: value})

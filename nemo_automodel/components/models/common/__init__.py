@@ -9,6 +9,7 @@ from nemo_automodel.components.models.common.combined_projection import (
     CombinedGateUpMLP,
     CombinedProjectionStateDictAdapter,
     CombinedQKVAttentionMixin,
+    InterleavedRopeStateDictAdapter,
 )
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 
@@ -18,6 +19,7 @@ __all__ = [
     "CombinedProjectionStateDictAdapter",
     "CombinedQKVAttentionMixin",
     "HFCheckpointingMixin",
+    "InterleavedRopeStateDictAdapter",
     "initialize_linear_module",
     "initialize_rms_norm_module",
 ]

@@ -33,7 +33,7 @@ class GPTNeoXPreTrainedModel(DecoderPreTrainedModel):
         heads = config.num_attention_heads
         for field, implied in (("num_key_value_heads", heads), ("head_dim", config.hidden_size // heads)):
             if (value := getattr(config, field, None)) not in (None, implied):
-                raise ValueError(f"{field}={value}: GPT-NeoX has {implied}")
+                raise ValueError(f"{field}={value}: GPT-NeoX has {implied} and reads no such field; leave it out")
         return DecoderSpec(
             norm_eps=config.layer_norm_eps,
             layer_types=("full_attention",) * config.num_hidden_layers,

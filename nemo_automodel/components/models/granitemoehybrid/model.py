@@ -16,6 +16,8 @@ from nemo_automodel.components.models.common.rope import RopeSpec
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.components.models.granitemoehybrid.state_dict_adapter import GraniteMoeHybridStateDictAdapter
 
+ONLY_DENSE = "only dense models, of attention layers, are implemented; transformers' own class runs the others"
+
 
 class GraniteMoeHybridPreTrainedModel(DecoderPreTrainedModel):
     """What every head shares."""
@@ -31,9 +33,11 @@ class GraniteMoeHybridPreTrainedModel(DecoderPreTrainedModel):
         assert config.residual_multiplier is not None
         assert config.logits_scaling is not None
         if config.num_local_experts:
-            raise ValueError(f"num_local_experts={config.num_local_experts}: only dense models (0) are implemented")
+            raise ValueError(f"num_local_experts={config.num_local_experts}: {ONLY_DENSE}")
+        if others := sorted(set(config.layer_types) - {"full_attention"}):
+            raise ValueError(f"layer_types contains {others[0]!r}: {ONLY_DENSE}")
         if config.output_router_logits:
-            raise ValueError("output_router_logits=True: a dense model has no router")
+            raise ValueError("output_router_logits=True: a dense model has no router; set it to False")
         return DecoderSpec(
             norm_eps=config.rms_norm_eps,
             layer_types=tuple(config.layer_types),

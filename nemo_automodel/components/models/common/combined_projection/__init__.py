@@ -4,6 +4,12 @@ from nemo_automodel.components.models.common.combined_projection.combined_mlp im
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import CombinedQKVAttentionMixin
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
     CombinedProjectionStateDictAdapter,
+    InterleavedRopeStateDictAdapter,
 )
 
-__all__ = ["CombinedGateUpMLP", "CombinedProjectionStateDictAdapter", "CombinedQKVAttentionMixin"]
+__all__ = [
+    "CombinedGateUpMLP",
+    "CombinedProjectionStateDictAdapter",
+    "CombinedQKVAttentionMixin",
+    "InterleavedRopeStateDictAdapter",
+]
