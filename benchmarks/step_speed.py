@@ -50,6 +50,7 @@ def transformers_step(lora: bool) -> Callable[[torch.Tensor], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step(ids: torch.Tensor) -> None:
+        ids = ids.to(DEVICE)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -62,14 +63,14 @@ def our_step(lora: bool) -> Callable[[torch.Tensor], None]:
     if lora:
         apply_lora(model, LoRAConfig(), model.state_dict_adapter.layout)
     optimizer = MasterAdamW(((n, p) for n, p in model.named_parameters() if p.requires_grad), OptimConfig())
-    return lambda ids: train_step(model, optimizer, [{"input_ids": ids, "labels": ids}], 1e-5, DEVICE, 0) and None
+    return lambda ids: train_step(model, optimizer, [{"input_ids": ids, "labels": ids}], 1e-5, DEVICE) and None
 
 
 def measure(name: str, step: Callable[[torch.Tensor], None]) -> None:
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(WARM_UP + STEPS):
-        ids = torch.randint(0, 128256, (ROWS, LENGTH), device=DEVICE)
+        ids = torch.randint(0, 128256, (ROWS, LENGTH))  # on the CPU, as data comes
         torch.cuda.synchronize()
         started = time.perf_counter()
         step(ids)

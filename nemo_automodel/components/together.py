@@ -57,9 +57,14 @@ class Together:
         """The sum of every rank's ``value``, in float64."""
         if self.size == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=_device())
-        dist.all_reduce(total)
-        return float(total)
+        return float(self.add(torch.tensor(value, dtype=torch.float64, device=_device())))
+
+    def add(self, value: Tensor) -> Tensor:
+        """The sum of every rank's ``value``, in float64 and on its device, which the host does not wait for."""
+        total = value.detach().to(torch.float64, copy=True)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
 
     def gather(self, value: Tensor) -> Tensor:
         """Every rank's ``value``, a CPU tensor of one shape: ``[ranks, ...]``, the same on all."""

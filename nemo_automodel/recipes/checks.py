@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # what may differ between a run and its resumption: cadence, place, and how a batch is cut up
 _FREE = ("validate_every", "save_every", "async_save", "keep_last", "log_every", "device", "micro_batch_size")
 
+FORMAT = 2
+"""Of a checkpoint's tensors; 1 (unwritten then) had the optimizer's fp32 masters whole."""
+
 
 @contextmanager
 def blame(key: str) -> Iterator[None]:
@@ -52,6 +55,20 @@ def check_same_run(config: "TrainConfig", resumed: TrainingCheckpoint | None) ->
             f"output_dir={config.output_dir} holds a run with another configuration; set these back to resume it, or "
             f"choose another folder (with model.path={config.output_dir / 'hf'} to train its model further):\n  "
             + "\n  ".join(lines)
+        )
+
+
+def check_format(resumed: TrainingCheckpoint | None) -> None:
+    """Refuse a checkpoint whose optimizer state is kept in another way.
+
+    Raises:
+        CheckpointError: it is; what to do with it.
+    """
+    if resumed is not None and (found := resumed.state.get("format", 1)) != FORMAT:
+        raise CheckpointError(
+            f"{resumed.folder} has format {found}, of another version of this library, and here is format {FORMAT}: "
+            "finish that run with the version it began with, or export it (automodel export) and train the result "
+            "further in another output_dir"
         )
 
 

@@ -1,8 +1,10 @@
 """Training: the configuration, and the only loop. Pretraining, SFT and LoRA are this loop with different configs."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,10 +29,19 @@ from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
 from nemo_automodel.recipes.building import build_model, pick_device
-from nemo_automodel.recipes.checks import blame, check_lengths, check_packing, check_same_run, identity
+from nemo_automodel.recipes.checks import (
+    FORMAT,
+    blame,
+    check_format,
+    check_lengths,
+    check_packing,
+    check_same_run,
+    identity,
+)
 from nemo_automodel.recipes.export import export_trained, save_description, untied
 from nemo_automodel.recipes.interrupts import stop_requests
 from nemo_automodel.recipes.progress import Progress
+from nemo_automodel.recipes.transfer import Numbers, to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,14 +163,17 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
     run = Run(config, say)
     with Progress(run.done, run.total_steps, run.say) as progress, stop_requests() as stop_requested:
         for step in range(run.done + 1, run.total_steps + 1):
-            row = run.step(step)
-            if run.is_due(step, config.train.validate_every or run.stream.batches_per_epoch) and run.validation:
-                row["val_loss"] = run.validate(step)
-            if run.metrics and (run.is_due(step, config.train.log_every) or "val_loss" in row):
-                run.metrics.log(step, **row)
-            progress.update(step, row)
+            run.step(step)
             stop = run.together.any(stop_requested())
-            if stop or run.is_due(step, config.train.save_every or run.stream.batches_per_epoch):
+            saves = stop or run.is_due(step, config.train.save_every or run.stream.batches_per_epoch)
+            validates = run.validation and run.is_due(step, config.train.validate_every or run.stream.batches_per_epoch)
+            for at, row in run.rows(until=step if saves or validates else step - run.ahead):
+                if validates and at == step:
+                    row["val_loss"] = run.validate(step)
+                if run.metrics and (run.is_due(at, config.train.log_every) or "val_loss" in row):
+                    run.metrics.log(at, **row)
+                progress.update(at, row)
+            if saves:
                 run.save(step)
             if stop and step < run.total_steps:
                 run.checkpoints.wait()
@@ -168,10 +182,24 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
     return run.finish()
 
 
+@dataclass(frozen=True)
+class QueuedStep:
+    """An optimizer step that the device may still be at."""
+
+    step: int
+    loss_and_norm: Numbers
+    lr: float
+    tokens: int
+    epoch: int
+
+
 class Run:
     """One training run: everything is loaded, checked and, where its folder has a checkpoint, resumed on creation.
 
     The cheap checks come first: nothing long starts before the tokenizer, the data and the folder are known to do.
+
+    Attributes:
+        ahead: steps that are queued on the device before the host reads what the one before came to.
     """
 
     def __init__(self, config: TrainConfig, say: Callable[[str], None]):
@@ -182,6 +210,7 @@ class Run:
         loop = config.train
         self.checkpoints = TrainingCheckpoints(config.output_dir / "checkpoints", loop.keep_last, loop.async_save)
         resumed = self.checkpoints.latest()
+        check_format(resumed)
         check_same_run(config, resumed)
         with blame("model.path"):
             self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
@@ -204,7 +233,7 @@ class Run:
         if self.together.rank:  # each rank its own dropout
             torch.manual_seed(config.train.seed + self.together.rank)
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self.optimizer = MasterAdamW(trained, config.optim)
+        self.optimizer = MasterAdamW(trained, config.optim, config.train.seed)
         self.done, self.loss = 0, float("nan")
         self.val_loss: float | None = None
         self._validated_at = 0
@@ -214,28 +243,53 @@ class Run:
         self.metrics: MetricsLog | None = None
         if self.together.leads:
             self._open_folder()
-        self._started, self._tokens = time.perf_counter(), 0
+        self.ahead = 1 if self.device.type == "cuda" else 0
+        self._queue: deque[QueuedStep] = deque()
+        self._started = self._clock = time.perf_counter()
+        self._tokens = 0
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens ``every`` so many steps, and at the end, happens at ``step``."""
         return step == self.total_steps or step % every == 0
 
-    def step(self, step: int) -> dict[str, float]:
-        """One optimizer step; returns the row for the metrics."""
-        started = time.perf_counter()
+    def step(self, step: int) -> None:
+        """Queue one optimizer step; `rows` tells what it came to."""
+        if not self._queue:  # the device has nothing to do
+            self._clock = time.perf_counter()
         micro_batches = next(self.stream)
         lr = self.config.optim.lr_at(step - 1, self.total_steps)
-        self.loss, norm = train_step(self.model, self.optimizer, micro_batches, lr, self.device, step)
+        loss, norm = train_step(self.model, self.optimizer, micro_batches, lr, self.device)
         tokens = int(self.together.sum(sum(batch["input_ids"].numel() for batch in micro_batches)))
         self._tokens += tokens
-        return {
-            "loss": self.loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": tokens / (time.perf_counter() - started),
-            "memory_gb": peak_memory_gb(self.device),
-            "epoch": self.stream.epoch,
-        }
+        self._queue.append(QueuedStep(step, Numbers(loss, norm), lr, tokens, self.stream.epoch))
+
+    def rows(self, until: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """Steps queued, up to ``until``, each with its row for the metrics; waits until the device is through with it.
+
+        Raises:
+            TrainingError: loss or gradients are not finite; the weights are as they were before the step.
+        """
+        while self._queue and self._queue[0].step <= until:
+            one = self._queue.popleft()
+            self.loss, norm = one.loss_and_norm.read()
+            if not math.isfinite(norm):
+                raise TrainingError(
+                    f"step {one.step}: the loss is {self.loss:.4g} and the gradients' norm is {norm}. Nothing was "
+                    "updated in this step, and checkpoints of earlier steps are intact. Lower optim.lr, or look at "
+                    "this step's data"
+                )
+            before, self._clock = self._clock, time.perf_counter()
+            yield (
+                one.step,
+                {
+                    "loss": self.loss,
+                    "lr": one.lr,
+                    "grad_norm": norm,
+                    "tokens_per_second": one.tokens / (self._clock - before),
+                    "memory_gb": peak_memory_gb(self.device),
+                    "epoch": one.epoch,
+                },
+            )
 
     def validate(self, step: int) -> float:
         """Loss per valid token over the validation data, after ``step``."""
@@ -250,6 +304,7 @@ class Run:
             step,
             tensors=self._tensors() | random_state(self.device),
             state={
+                "format": FORMAT,
                 "stream": self.stream.state_dict(),
                 "loss": self.loss,
                 "val_loss": self.val_loss,
@@ -294,7 +349,6 @@ class Run:
                 f"{self.model.dtype}, which would drop its fp32 masters; set model.dtype to what it was"
             )
         checkpoint.load(self._tensors())
-        self.optimizer.state_was_loaded()
         self.stream.load_state_dict(checkpoint.state["stream"])
         self.done, self.loss, self.val_loss = checkpoint.step, checkpoint.state["loss"], checkpoint.state["val_loss"]
         if (checkpoint.state["ranks"], checkpoint.state["device"]) == (self.together.size, self.device.type):
@@ -330,28 +384,30 @@ def train_step(
     micro_batches: Sequence[dict[str, torch.Tensor]],
     lr: float,
     device: torch.device,
-    step: int,
-) -> tuple[float, float]:
-    """One optimizer step: the loss per valid token over all micro-batches of all ranks, and the gradients' norm.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step, queued on ``device``: the host does not wait for it.
 
-    Raises:
-        TrainingError: loss or gradients are not finite; the weights are as they were before the step.
+    Args:
+        model: trained in place.
+        optimizer: of its trained parameters.
+        micro_batches: of this rank, on the CPU, where their valid tokens are counted.
+        lr: learning rate.
+        device: the model's.
+
+    Returns:
+        Scalars: the loss per valid token over all micro-batches of all ranks, and the gradients' norm. If the norm is
+        not finite, neither this step nor a later one updates anything.
     """
     together = Together()
     valid = int(together.sum(sum(valid_tokens(batch["labels"]) for batch in micro_batches)))
+    optimizer.accumulating = len(micro_batches) > 1
     total = torch.zeros((), device=device)
     for batch in micro_batches:
-        loss = next_token_loss(model, {name: value.to(device) for name, value in batch.items()}) / valid
+        loss = next_token_loss(model, to_device(batch, device)) / valid
         (loss * together.size).backward()  # FSDP averages over the ranks, each of which has a part of the sum
         total += loss.detach()
-    try:
-        norm = optimizer.step(lr)
-    except FloatingPointError as error:
-        raise TrainingError(
-            f"step {step}: the loss is {total.item():.4g} and {error}. Nothing was updated in this step, and "
-            "checkpoints of earlier steps are intact. Lower optim.lr, or look at this step's data"
-        ) from error
-    return together.sum(total.item()), norm
+    norm = optimizer.step(lr)
+    return together.add(total), norm
 
 
 @torch.no_grad()
@@ -361,7 +417,7 @@ def evaluate(model: nn.Module, stream: BatchStream, device: torch.device) -> flo
     total = torch.zeros((), dtype=torch.float64, device=device)
     valid = 0
     for batch in (batch for micro_batches in stream.one_pass() for batch in micro_batches):
-        total += next_token_loss(model, {name: value.to(device) for name, value in batch.items()})
+        total += next_token_loss(model, to_device(batch, device))
         valid += valid_tokens(batch["labels"])
     model.train()
     together = Together()

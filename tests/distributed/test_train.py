@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "train__batch_size": 3,
     },
     "bf16 with masters": {"model__dtype": "bfloat16"},
+    "bf16 alone": {"model__dtype": "bfloat16", "optim__masters": "stochastic", "optim__moments": "bfloat16"},
 }
 
 
@@ -72,13 +73,15 @@ def test_ranks_train_what_one_process_trains(
     one, several = (_weights(tmp_path / run / "hf") for run in ("one", "several"))
     assert one.keys() == several.keys()
     for key, value in one.items():
-        # Adam divides by sqrt(v): where gradients are tiny, rounding becomes a share of lr = 1e-2
-        assert (several[key].float() - value.float()).abs().mean() < 1e-3, key
+        # Adam divides by sqrt(v): where gradients are tiny, rounding becomes a share of lr = 1e-2; and without masters,
+        # other ranks draw otherwise: five times up to half a spacing (2^-7 at one), to and fro
+        bound = 2**-7 if "alone" in name else 1e-3
+        assert (several[key].float() - value.float()).abs().mean() < bound, key
     if "lora" in "".join(options):
         assert (tmp_path / "several" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "bf16 with masters"])
+@pytest.mark.parametrize("name", ["full", "lora", "bf16 with masters", "bf16 alone"])
 def test_a_run_goes_on_with_other_ranks(
     overrides: Overrides,  # noqa: F811
     tmp_path: Path,

@@ -75,8 +75,9 @@ def test_equals_a_plain_loop_in_transformers(overrides: Overrides, checkpoint: P
         {"lora__r": 4, "lora__dropout": 0.2},
         {"data__packing": "true", "data__max_length": 128, "train__batch_size": 2, "train__micro_batch_size": 1},
         {"model__dtype": "bfloat16"},
+        {"model__dtype": "bfloat16", "optim__masters": "stochastic", "optim__moments": "bfloat16"},
     ],
-    ids=["full", "lora with dropout", "packed", "bf16 with masters"],
+    ids=["full", "lora with dropout", "packed", "bf16 with masters", "bf16 alone"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -166,7 +167,9 @@ def test_a_folder_with_a_run_but_no_checkpoint_is_refused(overrides: Overrides, 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(overrides: Overrides, tmp_path: Path) -> None:
     training = recipe.Run(load_config(TrainConfig, None, overrides(train__max_steps=2)), lambda line: None)
-    training.metrics.log(1, **training.step(1))
+    training.step(1)
+    for at, row in training.rows(until=1):
+        training.metrics.log(at, **row)
     run(overrides(train__max_steps=2))
     assert len(losses(tmp_path / "run")) == 2
 
@@ -231,18 +234,60 @@ def test_a_missing_file_is_named_with_its_key(overrides: Overrides, key: str, va
         run(overrides(**{key: value}))
 
 
-def test_nan_stops_before_the_weights_change(overrides: Overrides, tmp_path: Path) -> None:
-    config = load_config(TrainConfig, None, overrides(train__max_steps=3))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_stops_before_the_weights_change(overrides: Overrides, dtype: str) -> None:
+    """Also where the next step, whose gradients are finite, was queued before the host knew."""
+    config = load_config(TrainConfig, None, overrides(train__max_steps=4, model__dtype=dtype))
     training = recipe.Run(config, lambda line: None)
     training.step(1)
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
-    with torch.no_grad():
-        training.model.model.norm.weight[0] = float("nan")
-    before["model.norm.weight"] = training.model.model.norm.weight.clone()
-    with pytest.raises(TrainingError, match="step 2: the loss is nan"):
-        training.step(2)
+    weight = training.model.model.norm.weight
+    weight.data[0] = float("nan")
+    training.step(2)
+    weight.data.copy_(before["model.norm.weight"])
+    training.step(3)
+    rows = training.rows(until=3)
+    assert next(rows)[0] == 1
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan and the gradients' norm is nan\. Nothing was"):
+        next(rows)
     after = training.model.state_dict()
-    assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_reading_a_step_later_changes_nothing(
+    overrides: Overrides, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: every row comes, in order, with its own validation loss, and what is saved was read before."""
+    options = {"train__max_steps": 7, "train__save_every": 3, "train__validate_every": 2, "data__validation": rows}
+    run(overrides("at_once", **options))
+    prepare = recipe.Run.__init__
+
+    def ahead(self: recipe.Run, *args: Any) -> None:
+        prepare(self, *args)
+        self.ahead = 1
+
+    monkeypatch.setattr(recipe.Run, "__init__", ahead)
+    run(overrides("later", **options))
+    logged = []
+    for out in ("at_once", "later"):
+        lines = map(json.loads, (tmp_path / out / "metrics.jsonl").read_text().splitlines())
+        logged.append([{k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_gb")} for row in lines])
+    assert logged[0] == logged[1]
+    assert [row["step"] for row in logged[1]] == list(range(1, 8))
+    states = [
+        json.loads((tmp_path / o / "checkpoints/step-00000006/state.json").read_text()) for o in ("at_once", "later")
+    ]
+    assert states[0]["state"] == states[1]["state"]
+
+
+def test_a_checkpoint_of_another_format_is_refused(overrides: Overrides, tmp_path: Path) -> None:
+    run(overrides(train__max_steps=2))
+    [file] = (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    content = json.loads(file.read_text())
+    del content["state"]["format"]  # as before there were formats
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"step-00000002 has format 1, .* finish that run with the version it"):
+        run(overrides(train__max_steps=2))
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(overrides: Overrides, tmp_path: Path) -> None:
@@ -268,18 +313,18 @@ def test_gradient_checkpointing_changes_nothing(overrides: Overrides, tmp_path: 
 
 
 def test_an_unregistered_architecture_trains_too(overrides: Overrides, checkpoint: Path, tmp_path: Path) -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import StableLmConfig, StableLmForCausalLM
 
-    config = GPTNeoXConfig(
+    config = StableLmConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, eos_token_id=1
     )
-    folder = tmp_path / "neox"
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    folder = tmp_path / "stablelm"
+    StableLmForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
-    for out, lora in (("full", {}), ("lora", {"lora__targets": "[dense, query_key_value]"})):
+    for out, lora in (("full", {}), ("lora", {"lora__targets": "[o_proj, q_proj]"})):
         summary = run(overrides(out, model__path=folder, train__max_steps=6, **lora))
         assert summary.loss < losses(tmp_path / out)[0]
-        assert AutoModelForCausalLM.from_pretrained(summary.hf_folder).config.model_type == "gpt_neox"
+        assert AutoModelForCausalLM.from_pretrained(summary.hf_folder).config.model_type == "stablelm"
 
 
 def test_an_empty_answer_is_nothing_to_learn(overrides: Overrides, tmp_path: Path) -> None:

@@ -1,18 +1,27 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) that never loses an update to bf16.
 
-A bf16 parameter has 8 bits of mantissa: an update below 1/256 of its value vanishes. Parameters in low precision
-therefore have an fp32 master copy, gradients add up in fp32 (also over accumulation), and the parameter is the
-master's rounding after each step.
+Bytes per bf16 parameter, itself and its gradient (2 + 2) included, with one micro-batch a step:
+
+    masters     moments     parameter, gradient, low bits, moments
+    exact       float32     2 + 2 + 2 + 8 = 14
+    exact       bfloat16    2 + 2 + 2 + 4 = 10
+    stochastic  float32     2 + 2 + 0 + 8 = 12
+    stochastic  bfloat16    2 + 2 + 0 + 4 =  8
+
+With several micro-batches a gradient is summed in fp32: 4 bytes instead of 2. An fp32 parameter has no master: 4 + 4
+and its moments. How masters and roundings work is told beside the kernel, `components/kernels/adamw.py`.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from nemo_automodel.components.kernels.adamw import Hyper, Slot, adamw, join
 from nemo_automodel.components.placement import whole
 
 
@@ -35,6 +44,17 @@ class OptimConfig:
     warmup_steps: int = field(default=0, metadata={"help": "optimizer steps over which the learning rate rises"})
     min_lr_ratio: float = field(default=0.0, metadata={"help": "share of the peak learning rate at the last step"})
     max_grad_norm: float | None = field(default=1.0, metadata={"help": "clip gradients to this norm; null: do not"})
+    masters: Literal["exact", "stochastic"] = field(
+        default="exact",
+        metadata={
+            "help": "how bfloat16 parameters keep small updates: exact: float32 masters, 2 bytes a parameter more; "
+            "stochastic: none, parameters are rounded up or down at random"
+        },
+    )
+    moments: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"help": "dtype of both moments; bfloat16 saves 4 bytes a parameter, rounds at random"},
+    )
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -61,88 +81,139 @@ class OptimConfig:
 
 
 class MasterAdamW:
-    """AdamW over named parameters, with fp32 masters for those in low precision.
+    """AdamW over named parameters, which may be sharded (DTensor).
+
+    Nothing here waits for the device: `step` returns the gradients' norm as a tensor. Once a norm is not finite, no
+    step updates anything any more: not that one, nor those that were queued before the host read it.
 
     Args:
-        parameters: names and trainable parameters.
+        parameters: names and trainable parameters, in float32 or bfloat16.
         config: hyperparameters.
+        seed: of random roundings; what a step draws is a function of it and the parameter's count of steps.
+
+    Attributes:
+        accumulating: whether gradients of several backward passes add up until the next step; in fp32 then, in tensors
+            of their own. If not, a gradient stays in its parameter's dtype.
+
+    Raises:
+        ValueError: a parameter of another dtype, or whose elements do not lie in a row.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig):
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int = 0):
         self.config = config
         self.parameters = dict(parameters)
-        self.masters: dict[str, Tensor] = {}
+        self.accumulating = True
+        self._seed = seed
+        self._sums: dict[str, Tensor] = {}
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._low: dict[str, Tensor] = {}
+        self._steps = torch.zeros(len(self.parameters), dtype=torch.int64)
         for name, parameter in self.parameters.items():
-            self.masters[name] = parameter if parameter.dtype == torch.float32 else self._master_of(parameter)
-        decayed = [master for master in self.masters.values() if master.ndim >= 2]
-        others = [master for master in self.masters.values() if master.ndim < 2]
-        self._adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
-        # here, not at the first step: a checkpoint is loaded into them
-        for master in self.masters.values():
-            self._adamw.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate ``lr``, drop the gradients; returns the gradients' norm before clipping.
-
-        Raises:
-            FloatingPointError: the norm is not finite; nothing was updated.
-        """
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(value := norm.item()):
-            raise FloatingPointError(f"the gradients' norm is {value}")
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.max_grad_norm, norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
-        self._round_masters()
-        return value
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Moments, step counts and masters, by parameter name: the optimizer's own, to be saved or filled in place."""
-        tensors = {
-            f"{key}.{name}": value
-            for name, master in self.masters.items()
-            for key, value in self._adamw.state[master].items()
-        }
-        return tensors | {f"master.{name}": self.masters[name] for name in self.masters if self._has_master(name)}
-
-    def state_was_loaded(self) -> None:
-        """To be called once `state_tensors` were filled: parameters become the roundings of their masters."""
-        self._round_masters()
-
-    def _has_master(self, name: str) -> bool:
-        return self.masters[name] is not self.parameters[name]
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{name} is in {parameter.dtype}; AdamW takes parameters in float32 and bfloat16")
+            if not _local(parameter).is_contiguous():
+                raise ValueError(
+                    f"{name} is a view with strides {_local(parameter).stride()}; AdamW updates memory in a row, so "
+                    "make the parameter contiguous before the optimizer is built"
+                )
+            low_precision = parameter.dtype == torch.bfloat16
+            dtype = getattr(torch, config.moments)
+            self._moments[name] = torch.zeros_like(parameter, dtype=dtype), torch.zeros_like(parameter, dtype=dtype)
+            if low_precision:
+                parameter.register_post_accumulate_grad_hook(self._adding(name))
+                if config.masters == "exact":
+                    self._low[name] = torch.zeros_like(parameter, dtype=torch.int16)
+        device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def _round_masters(self) -> None:
-        for name, master in self.masters.items():
-            if self._has_master(name):
-                self.parameters[name].copy_(master)
+    def step(self, lr: float) -> Tensor:
+        """Clip, update with learning rate ``lr``, drop the gradients; returns their norm before clipping.
 
-    @staticmethod
-    def _master_of(parameter: nn.Parameter) -> Tensor:
-        master = parameter.detach().float().requires_grad_()
+        If it is not finite, nothing is updated, now and in all steps to come.
+        """
+        gradients = {name: self._sums.get(name, p.grad) for name, p in self.parameters.items()}
+        present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        norm = total_norm(present.values()) if present else torch.zeros_like(self._finite, dtype=torch.float32)
+        self._finite.logical_and_(norm.isfinite())
+        factor = torch.ones_like(norm)
+        if self.config.max_grad_norm is not None:
+            factor = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        config = self.config
+        hyper = Hyper(lr=lr, beta1=config.beta1, beta2=config.beta2, eps=config.eps, seed=self._seed)
+        numbers = [number for number, name in enumerate(self.parameters) if name in present]
+        self._steps[numbers] += 1
+        steps = self._steps.tolist()
+        slots = [self._slot(n, steps[n], *one) for n, one in zip(numbers, present.items(), strict=True)]
+        adamw(slots, factor.masked_fill(~self._finite, math.nan), hyper)
+        self._sums.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return norm
 
-        def take_gradient(low: Tensor) -> None:
-            assert low.grad is not None
-            if master.grad is None:
-                master.grad = low.grad.float()
+    def master(self, name: str) -> Tensor:
+        """A parameter as the optimizer knows it, in fp32."""
+        parameter = self.parameters[name].detach()
+        return join(_local(parameter), _local(self._low[name])) if name in self._low else parameter.float()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments, masters' low bits and step counts: the optimizer's own, to be saved or filled in place.
+
+        With the parameters, which have the masters' high bits, they are all that a resumed run needs.
+        """
+        tensors = {"step": self._steps}
+        for name, (exp_avg, exp_avg_sq) in self._moments.items():
+            tensors |= {f"exp_avg.{name}": exp_avg, f"exp_avg_sq.{name}": exp_avg_sq}
+        return tensors | {f"low.{name}": low for name, low in self._low.items()}
+
+    def _slot(self, number: int, step: int, name: str, gradient: Tensor) -> Slot:
+        parameter, low = self.parameters[name], self._low.get(name)
+        exp_avg, exp_avg_sq = self._moments[name]
+        return Slot(
+            parameter=_local(parameter.detach()),
+            gradient=_local(gradient).contiguous(),
+            exp_avg=_local(exp_avg),
+            exp_avg_sq=_local(exp_avg_sq),
+            low=None if low is None else _local(low),
+            step=step,
+            weight_decay=self.config.weight_decay if parameter.ndim >= 2 else 0.0,
+            stream=number,
+            shard=_shard(parameter),
+        )
+
+    def _adding(self, name: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            if not self.accumulating:
+                return
+            assert parameter.grad is not None
+            if name in self._sums:
+                self._sums[name].add_(parameter.grad)
             else:
-                master.grad.add_(low.grad)
-            low.grad = None
+                self._sums[name] = parameter.grad.float()
+            parameter.grad = None
 
-        parameter.register_post_accumulate_grad_hook(take_gradient)
-        return master
+        return add
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """2-norm over all gradients, in fp32 whatever their dtypes, on all ranks; `torch.nn.utils.get_total_norm` rounds
+    the norm of each to its dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    norms = [norm for alike in by_dtype.values() for norm in torch._foreach_norm(alike, 2, dtype=torch.float32)]
+    return whole(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard(parameter: Tensor) -> int:
+    """Number of the part of the parameter that this rank has; whole copies have the same, and round alike."""
+    number = 0
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if not placement.is_replicate():
+                number = number * parameter.device_mesh.size(axis) + parameter.device_mesh.get_local_rank(axis)
+    return number
