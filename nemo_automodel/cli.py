@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -339,7 +340,7 @@ def _bench(options: argparse.Namespace) -> int:
         device=options.device,
         json=options.json,
     )
-    report = bench(workload, chosen)
+    report = bench(workload, chosen, partial(print, flush=True))  # a row may take minutes, and the next be cut off
     show(report)
     return int(any("error" in row for row in report["rows"] if row["variant"] == "ours"))
 

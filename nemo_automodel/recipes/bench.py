@@ -79,8 +79,6 @@ def bench(workload: Workload, options: BenchOptions, say: Callable[[str], None] 
         ValueError: an override that cannot be, a device that is not there, a config that builds no model.
     """
     device = _device(workload, options.device, say)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="automodel-bench-") as name:
         folder = Path(name)
         workload.write_config(folder)
@@ -101,6 +99,8 @@ def bench(workload: Workload, options: BenchOptions, say: Callable[[str], None] 
         requests += [replace(common, variant=peer) for peer in options.peers]
         full += [workload.lora is None] * len(options.peers)
         report = _header(workload, cost, device)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
         for request, all_weights in zip(requests, full, strict=True):
             row: dict[str, Any] = {
                 "name": _name(request),

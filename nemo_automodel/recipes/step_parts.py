@@ -22,13 +22,14 @@ KINDS: tuple[tuple[str, str], ...] = (
         "matrix products",
         r"gemm|gemv|triton_tem|cutlass|nvjet|cublas|wgmma|xmma|splitk|aten::(mm|addmm|bmm|baddbmm)$|matmul|mkldnn|linear",
     ),
-    ("norms", r"rms_?norm|layer_?norm|norm_kernel"),
+    ("norms", r"rms_?norm|layer_?norm|add_norm|norm_kernel"),
     ("RoPE", r"rope|rotary"),
-    ("activation", r"swiglu|geglu|silu|gelu|glu"),
+    ("activation", r"swiglu|geglu|silu|gelu|glu|gated"),
     ("adapters", r"lora"),
     ("copies", r"memcpy|memset|copy|catarray|aten::(cat|clone|contiguous)$|fill|transpose_kernel"),
     ("embedding and indexing", r"embedding|index|gather|scatter|sort|radix|nonzero|scan"),
     ("reductions", r"reduce|aten::(sum|mean|linalg_vector_norm)$"),
+    ("other Triton kernels", r"^_(\w+_)?kernel"),
     ("elementwise", r"elementwise|aten::(mul|add|sub|div|neg|pow|rsqrt|exp|sqrt|sigmoid)_?$|foreach"),
 )
 """Kind -> what the names of its kernels contain; the first that matches has it, any other is ``OTHER``."""

@@ -273,6 +273,8 @@ def test_the_chain_of_convergence_is_of_order_two(monkeypatch: pytest.MonkeyPatc
         ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<c10::BFloat16>>", "elementwise"),
         ("void at::native::reduce_kernel<512, 1, ReduceOp<c10::BFloat16, MeanOps<>>>", "reductions"),
         ("void at::native::indexSelectLargeIndex<>", "embedding and indexing"),
+        ("_gated_backward_kernel", "activation"),
+        ("_kernel", "other Triton kernels"),
         ("something_new", "other"),
     ],
 )
