@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 import transformers
-from transformers import BloomConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen2Config, T5Config
+from transformers import BloomConfig, LlamaConfig, OPTConfig, Qwen2Config, StableLmConfig, T5Config
 
 from nemo_automodel import NeMoAutoModelForCausalLM, NeMoAutoModelForSequenceClassification
 from nemo_automodel._transformers import registry
@@ -110,7 +110,7 @@ def test_what_is_refused(checkpoint):
 
 SMALL = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 OTHERS = {
-    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=20),
+    "stablelm": StableLmConfig(**SMALL, num_key_value_heads=2, intermediate_size=20),
     "opt": OPTConfig(**SMALL, ffn_dim=20, word_embed_proj_dim=16, max_position_embeddings=32),
     "without sdpa": BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2),
 }

@@ -315,8 +315,9 @@ def test_gradient_checkpointing_changes_nothing(overrides: Overrides, tmp_path: 
 def test_an_unregistered_architecture_trains_too(overrides: Overrides, checkpoint: Path, tmp_path: Path) -> None:
     from transformers import StableLmConfig, StableLmForCausalLM
 
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = StableLmConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, eos_token_id=1
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, intermediate_size=40, eos_token_id=1, **heads
     )
     folder = tmp_path / "stablelm"
     StableLmForCausalLM(config).save_pretrained(folder)
