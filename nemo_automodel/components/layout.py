@@ -132,7 +132,7 @@ class Fusion:
 
     def read_part(self, fused: Tensor, part: str) -> Tensor:
         """The checkpoint's tensor of ``part``, out of ``fused``."""
-        return self._restored(self._view(fused, part).flatten(0, 1), part)
+        return self._restored(self.view(fused, part).flatten(0, 1), part)
 
     def write_part(self, fused: Tensor, part: str, value: Tensor) -> None:
         """Copy ``value``, the checkpoint's tensor, into its rows of ``fused`` (casting to its dtype).
@@ -140,7 +140,7 @@ class Fusion:
         Raises:
             ValueError: ``value`` has another shape than `part_shape` says.
         """
-        view = self._view(fused, part)
+        view = self.view(fused, part)
         if (wanted := self.part_shape(fused.shape, part)) != tuple(value.shape):
             raise ValueError(f"{part}: shape {list(value.shape)} where {self.fused} takes {list(wanted)}")
         view.copy_(self._ordered(value, part).unflatten(0, view.shape[:2]))
@@ -154,7 +154,7 @@ class Fusion:
         """How the checkpoint orders the rows of ``part``; None: as here."""
         return self.orders[self.parts.index(part)] if self.orders else None
 
-    def _view(self, fused: Tensor, part: str) -> Tensor:
+    def view(self, fused: Tensor, part: str) -> Tensor:
         """The rows of ``part`` inside ``fused``, in the order of here, as a writable view ``[groups, block, ...]``."""
         index = self.parts.index(part)
         start = sum(self.blocks[:index])

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import fully_shard_layers
-from nemo_automodel.components.peft import apply_lora, init_adapters, layout_of
+from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -73,4 +73,6 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
         model = NeMoAutoModelForCausalLM.from_pretrained(options.path, device=device, prepare=prepare, **common)
         if config.lora is not None:
             init_adapters(model)
+    if not several and config.lora is not None and options.backend.kernels == "auto":
+        join_adapters(model)
     return model.train()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.launch import jit, power_of_two, rows, runs_on, tl, wrapped
 
@@ -169,6 +170,7 @@ class _AddNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         if grad is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.launch import jit, rows, runs_on, tl, wrapped
 
@@ -67,9 +68,7 @@ def _forward_kernel(GATE_UP, OUT, width, in_stride, out_stride, KIND: tl.constex
     gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
     active, _ = _activated(gate.to(tl.float32), KIND)
     cols = block * BLOCK + tl.arange(0, BLOCK)
-    tl.store(
-        OUT + row * out_stride + cols, (active * up.to(tl.float32)).to(OUT.dtype.element_ty), mask=cols < width
-    )
+    tl.store(OUT + row * out_stride + cols, (active * up.to(tl.float32)).to(OUT.dtype.element_ty), mask=cols < width)
 
 
 @jit
@@ -145,6 +144,7 @@ class _Gated(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         return gated_backward(rows(grad), rows(gate_up), None, ctx.activation).view_as(gate_up), None

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.launch import jit, runs_on, tl, wrapped
 
@@ -24,7 +25,8 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """`linear_cross_entropy` in plain operations, on all logits at once."""
     logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * multiplier
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if multiplier == 1.0 else logits * multiplier
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
@@ -177,6 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = [None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in (grad_hidden, grad_weight)]

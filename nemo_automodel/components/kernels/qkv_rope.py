@@ -1,7 +1,7 @@
 """Query, key and value out of the grouped ``qkv_proj`` output, queries and keys turned, in one pass.
 
-Rows of that output are ``[Q_group | K | V]`` per KV head. RoPE (Su et al. 2021, arXiv:2104.09864) is half-split: channel
-``i`` turns with ``i + rotary_dim / 2``. Backward, the three gradients become one, in the projection's layout.
+Rows of that output are ``[Q_group | K | V]`` per KV head. RoPE (Su et al. 2021, arXiv:2104.09864) is half-split:
+channel ``i`` turns with ``i + rotary_dim / 2``. Backward, the three gradients become one, in the projection's layout.
 Shapes: B batch, S sequence, K key/value heads, G query heads per KV head, D head_dim, R rotary_dim.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.launch import jit, power_of_two, runs_on, tl, wrapped
 
@@ -33,9 +34,7 @@ def split_and_turn_reference(
     return turned(q).transpose(1, 2), turned(k).transpose(1, 2), v.transpose(1, 2)
 
 
-def split_and_turn(
-    qkv: Tensor, cos: Tensor, sin: Tensor, group: int, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_turn(qkv: Tensor, cos: Tensor, sin: Tensor, group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Query ``[B, K * G, S, D]``, key and value ``[B, K, S, D]``, tokens before heads in memory.
 
     Args:
@@ -156,6 +155,7 @@ class _SplitAndTurn(torch.autograd.Function):
         return split_and_turn_forward(qkv.contiguous(), cos, sin, group, head_dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         parts = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]

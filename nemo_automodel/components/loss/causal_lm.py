@@ -10,6 +10,10 @@ IGNORE = -100
 """Label of a token that is not to be predicted."""
 
 
+DENSE = 0.75
+"""Share of the positions from which on picking those that count costs more than it spares."""
+
+
 def next_token_targets(labels: Tensor) -> Tensor:
     """``labels`` ``[batch, seq]`` moved one to the left: what each position is to predict."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
@@ -27,13 +31,21 @@ def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> T
     them, are never computed.
 
     Args:
-        model: called with the batch less its labels, and ``logits_to_keep``; its output has ``logits``.
-        batch: ``input_ids``, ``labels`` ``[batch, seq]`` and whatever else the model takes.
+        model: called with the batch less its labels, and ``logits_to_keep`` where few positions count. One that
+            ``takes_targets`` gives the loss, any other its logits.
+        batch: ``input_ids``, ``labels`` ``[batch, seq]`` and whatever else the model takes. Labels on the CPU spare the
+            host from waiting for a GPU.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    device = batch["input_ids"].device
     targets = next_token_targets(batch["labels"])
     positions = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets[:, positions].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    if len(positions) < DENSE * targets.shape[1]:
+        targets = targets[:, positions]
+        inputs["logits_to_keep"] = positions.to(device, non_blocking=True)
+    targets = targets.to(device, non_blocking=True)
+    if getattr(model, "takes_targets", False):
+        loss: Tensor = model(**inputs, targets=targets, use_cache=False).loss
+        return loss
+    logits = model(**inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -4,7 +4,7 @@ from nemo_automodel.components.peft.adapter import PeftAdapter
 from nemo_automodel.components.peft.config import LoRAConfig
 from nemo_automodel.components.peft.files import adapter_tensors, layout_of, load_adapter_tensors, save_adapter
 from nemo_automodel.components.peft.lora import LoRALinear
-from nemo_automodel.components.peft.model import apply_lora, init_adapters, merge_lora
+from nemo_automodel.components.peft.model import apply_lora, init_adapters, join_adapters, merge_lora
 
 __all__ = [
     "LoRAConfig",
@@ -13,6 +13,7 @@ __all__ = [
     "adapter_tensors",
     "apply_lora",
     "init_adapters",
+    "join_adapters",
     "layout_of",
     "load_adapter_tensors",
     "merge_lora",

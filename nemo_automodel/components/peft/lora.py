@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemo_automodel.components.kernels.launch import runs_on
+from nemo_automodel.components.kernels.linear import Gated, can_run, linear
 from nemo_automodel.components.layout import Fusion
 from nemo_automodel.components.peft.config import Update
 from nemo_automodel.components.placement import whole
@@ -39,9 +41,14 @@ class LoRALinear(nn.Linear):
         lora_B: part name -> ``[rows of the part, r]``.
         lora_magnitude: with DoRA, part name -> ``[rows of the part]``; else empty.
 
+        joined: ``[W | B]``, ``[out_features, in_features + r]``, once `join` made it; ``weight`` is then a view of it.
+
     Raises:
         ValueError: ``share_a`` with parts of unequal rank.
     """
+
+    takes_gated = True
+    joined: Tensor | None = None
 
     def __init__(
         self,
@@ -84,8 +91,12 @@ class LoRALinear(nn.Linear):
         """A of ``part``: its own, or the shared one."""
         return self.lora_A[self._of_a[part]]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Gated) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in the base product's dtype; adapters compute in their own."""
+        if self._fuses(x):
+            return linear(x, self.weight, self.bias, self, [*self.lora_A.values(), *self.lora_B.values()])
+        if isinstance(x, Gated):
+            x = x.made()
         a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B))
         dropped = self.dropout(x)
         if not self.dora:
@@ -98,6 +109,68 @@ class LoRALinear(nn.Linear):
         factor = self._factor(self.weight, a, b, dict(self.lora_magnitude))
         out = (seen + update) * factor if dropped is x else base + (factor - 1) * seen + factor * update
         return (out if self.bias is None else out + self.bias).to(base.dtype)
+
+    def _fuses(self, x: Tensor | Gated) -> bool:
+        """Whether the kernels compute this layer, whose gradients are then those of plain LoRA."""
+        adapters = (*self.lora_A.values(), *self.lora_B.values())
+        return self._plain and not self.weight.requires_grad and can_run(x, self.weight, self.bias, *adapters)
+
+    @property
+    def _plain(self) -> bool:
+        return not self.dora and not self.share_a and isinstance(self.dropout, nn.Identity)
+
+    def can_join(self) -> bool:
+        """Whether `join` would serve: the kernels compute this layer, and rows stay where 16 bytes are read at once."""
+        return self._plain and runs_on(self.weight) and self.rank * self.weight.element_size() % 16 == 0
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Put the weight beside room for B, so that one product does for both.
+
+        For a whole weight on one device: one that is sharded later would lose the tie.
+        """
+        joined = self.weight.new_zeros(self.out_features, self.in_features + self.rank)
+        joined[:, : self.in_features] = self.weight
+        self.weight.data = joined[:, : self.in_features]
+        self.joined = joined
+
+    def separate(self) -> None:
+        """Undo `join`."""
+        if self.joined is not None:
+            self.weight.data, self.joined = self.weight.data.contiguous(), None
+
+    @property
+    def rank(self) -> int:
+        """Of all parts together."""
+        return sum(a.shape[0] for a in self.lora_A.values())
+
+    def stacked(self, parameters: Sequence[Tensor]) -> Tensor:
+        """A of all parts, ``[rank, in_features]``."""
+        of_a = parameters[: len(self.lora_A)]
+        return torch.cat(list(of_a)) if len(of_a) > 1 else of_a[0]
+
+    def write(self, parameters: Sequence[Tensor], into: Tensor) -> None:
+        """B of all parts times their scales, in the fused rows, into ``[out_features, rank]``."""
+        for part, b, block in zip(self.updates, parameters[len(self.lora_A) :], self._blocks(into), strict=True):
+            torch.mul(b.view(block.shape), self.updates[part].scale, out=block)
+
+    def gradients(self, of_a: Tensor, of_b: Tensor) -> list[Tensor]:
+        """Of each A, then of each B."""
+        ranks = [a.shape[0] for a in self.lora_A.values()]
+        blocks = zip(self.updates, self._blocks(of_b), strict=True)
+        return [
+            *of_a.split(ranks),
+            *((block * self.updates[part].scale).reshape(-1, block.shape[-1]) for part, block in blocks),
+        ]
+
+    def _blocks(self, of_b: Tensor) -> list[Tensor]:
+        """Of ``[out_features, rank]``, where each part's B stands, as views ``[groups, block, r]``."""
+        blocks, before = [], 0
+        for part, update in self.updates.items():
+            rows = of_b.unsqueeze(1) if self.fusion is None else self.fusion.view(of_b, part)
+            blocks.append(rows[..., before : before + update.r])
+            before += update.r
+        return blocks
 
     def merged_weight(self) -> Tensor:
         """The weight that gives the adapted output: ``[out_features, in_features]``, fp32, whole on every rank."""

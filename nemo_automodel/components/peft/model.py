@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_automodel.components.kernels.linear import Linear
 from nemo_automodel.components.layout import Layout
 from nemo_automodel.components.peft.config import ALL_LINEAR, LoRAConfig, Update, by_pattern
 from nemo_automodel.components.peft.lora import LoRALinear
@@ -89,6 +90,13 @@ def init_adapters(model: nn.Module) -> None:
                     fill(layer.lora_magnitude[part], norm)
 
 
+def join_adapters(model: nn.Module) -> None:
+    """Let the kernels compute every adapter inside its layer's own product; for whole weights on one GPU."""
+    for _, layer in lora_layers(model):
+        if layer.can_join():
+            layer.join()
+
+
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Fold every adapter into its weight (added in fp32, rounded once) and put plain linear layers back.
@@ -97,8 +105,9 @@ def merge_lora(model: nn.Module) -> None:
     under ``fully_shard`` can be saved after this, and no longer run: FSDP does not know the new layers.
     """
     for name, module in list(lora_layers(model)):
+        module.separate()
         untie(model, f"{name}.weight")
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear = Linear(module.in_features, module.out_features, bias=False, device="meta")
         linear.weight, linear.bias = module.weight, module.bias
         fill(linear.weight, module.merged_weight())
         model.set_submodule(name, linear.train(module.training))

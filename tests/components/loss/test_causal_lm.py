@@ -46,9 +46,9 @@ def test_a_batch_with_nothing_to_predict_is_zero_and_has_a_gradient() -> None:
 def test_the_head_sees_supervised_positions_only() -> None:
     _, ours = twins(LlamaForCausalLM, tiny())
     seen = []
-    ours.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    ours.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[:-1].numel()))
     next_token_loss(ours, _batch([7, 8]))
-    assert seen == [2]  # of nine positions, 6 and 7 predict tokens 7 and 8
+    assert seen == [4]  # of nine positions in each of two rows, 6 and 7 predict tokens 7 and 8
 
 
 def test_targets_and_counts() -> None:

@@ -4,13 +4,18 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from nemo_automodel.components.kernels.launch import runs_on
+from nemo_automodel.components.kernels.linear import Linear
+from nemo_automodel.components.kernels.qkv_rope import split_and_turn
 from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import (
     CombinedQKVAttentionMixin,
@@ -60,8 +65,31 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""torch's own kernels, the fastest on an H100 first (benchmarks/RESULTS.md); torch itself begins with flash."""
+
+
+def _fastest_sdpa(query: Tensor, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+    """cuDNN's attention first, where sdpa is causal and without a mask, in half precision on a GPU."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if not (query.is_cuda and half and attention_mask is None) or torch.compiler.is_compiling():
+        return nullcontext()
+    return sdpa_kernel(SDPA_ORDER, set_priority=True)
+
+
 class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
-    """The attention of every dense family; ``spec`` says what differs."""
+    """The attention of every dense family; ``spec`` says what differs.
+
+    Attributes:
+        kernels: whether to use the library's own kernel where it can run.
+    """
+
+    kernels = True
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, layer_idx: int, backend: BackendConfig):
         super().__init__()
@@ -81,7 +109,7 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         self.qk_norm_after_rope = spec.qk_norm_after_rope
 
         self.setup_qkv_projection(config.hidden_size, heads, kv_heads, self.head_dim, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=spec.o_bias)
+        self.o_proj = Linear(heads * self.head_dim, config.hidden_size, bias=spec.o_bias)
         if self.qk_norm is not None:
             for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
                 weight = {"head": self.head_dim, "per_head": (count, self.head_dim), "full": count * self.head_dim}
@@ -101,13 +129,18 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
 
         ``attention_mask`` is what transformers' mask functions made for the implementation in use.
         """
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in self.compute_qkv(hidden_states))
-        if self.qk_norm is not None and not self.qk_norm_after_rope:
-            query, key = self._normed("q_norm", query), self._normed("k_norm", key)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        if self.turns:
+        if self.kernels and self.turns and (self.qk_norm is None or self.qk_norm_after_rope) and runs_on(hidden_states):
             assert position_embeddings is not None
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            qkv = self.qkv_proj(hidden_states)
+            query, key, value = split_and_turn(qkv, *position_embeddings, self.num_key_value_groups, self.head_dim)
+        else:
+            query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in self.compute_qkv(hidden_states))
+            if self.qk_norm is not None and not self.qk_norm_after_rope:
+                query, key = self._normed("q_norm", query), self._normed("k_norm", key)
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            if self.turns:
+                assert position_embeddings is not None
+                query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if self.qk_norm is not None and self.qk_norm_after_rope:
             query = self._normed("q_norm", query.transpose(1, 2)).transpose(1, 2)
             key = self._normed("k_norm", key.transpose(1, 2)).transpose(1, 2)
@@ -117,7 +150,20 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        output, weights = self._attention_function()(
+        with _fastest_sdpa(query, attention_mask):
+            output, weights = self._attend(query, key, value, attention_mask, position_ids, **kwargs)
+        return self.o_proj(output.flatten(2).contiguous()), weights
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._attention_function()(
             self,
             query,
             key,
@@ -130,7 +176,6 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
             **self.softcap,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2).contiguous()), weights
 
     def _normed(self, name: str, heads: Tensor) -> Tensor:
         """``[B, S, heads, D]``, normalised over each head or over all of them."""

@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "linear": ("torch", "te"),
     "rms_norm": ("torch", "torch_fp32", "te"),
     "rope_fusion": (False, True),
+    "kernels": ("auto", "torch"),
 }
 
 ATTN_IMPLEMENTATION = {"sdpa": "sdpa", "flex": "flex_attention"}
@@ -34,6 +35,8 @@ class BackendConfig:
         rms_norm: what `initialize_rms_norm_module` builds: ``"torch"`` (statistics in fp32, one cast at the end),
             ``"torch_fp32"`` (the weight, too, is multiplied in fp32) or ``"te"``.
         rope_fusion: use a fused RoPE kernel (needs Transformer Engine).
+        kernels: ``"auto"``: the library's own Triton kernels (gated activation, QKV split with RoPE, residual with
+            norm, adapters, loss) where they can run, on a GPU; ``"torch"``: torch's operations only.
 
     Raises:
         ValueError: a value that is not one of the above; the message names the field.
@@ -44,6 +47,9 @@ class BackendConfig:
     linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
     rms_norm: Literal["torch", "torch_fp32", "te"] = field(default="torch", metadata={"help": "RMSNorm"})
     rope_fusion: bool = field(default=False, metadata={"help": "fused RoPE kernel"})
+    kernels: Literal["auto", "torch"] = field(
+        default="auto", metadata={"help": "the library's own kernels where they run, or torch's operations only"}
+    )
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

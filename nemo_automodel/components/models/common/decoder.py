@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from nemo_automodel.components.kernels.linear_cross_entropy import linear_cross_entropy
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
@@ -73,7 +74,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor:
         """``[B, S, hidden] -> [B, S, hidden]``."""
-        normed = self._norm(self.norms.before_attention, hidden_states)
+        hidden_states, normed = self._normed_stream(self.norms.before_attention, hidden_states)
         attended, _ = self.self_attn(
             hidden_states=normed,
             position_embeddings=position_embeddings,
@@ -87,9 +88,17 @@ class DecoderLayer(GradientCheckpointingLayer):
             if self.norms.before_mlp != self.norms.before_attention:
                 normed = self._norm(self.norms.before_mlp, hidden_states)
             return hidden_states + (attended + self._branch(self.norms.after_mlp, self.mlp(normed)))
-        hidden_states = hidden_states + attended
-        fed_forward = self.mlp(self._norm(self.norms.before_mlp, hidden_states))
+        hidden_states, normed = self._normed_stream(self.norms.before_mlp, hidden_states, attended)
+        fed_forward = self.mlp(normed)
         return hidden_states + self._branch(self.norms.after_mlp, fed_forward)
+
+    def _normed_stream(self, name: str | None, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream with ``branch`` added to it, and what the next branch reads."""
+        norm = None if name is None else self._modules[name]
+        if isinstance(norm, RMSNorm) and norm.fuses(stream) and not (norm._forward_hooks or norm._forward_pre_hooks):
+            return norm.with_residual(stream, branch)
+        stream = stream if branch is None else stream + branch
+        return stream, self._norm(name, stream)
 
     def _norm(self, name: str | None, hidden_states: Tensor) -> Tensor:
         return hidden_states if name is None else self._modules[name](hidden_states)
@@ -151,6 +160,9 @@ class DecoderModel(DecoderPreTrainedModel):
         self.norm = initialize_norm_module(backend.rms_norm, spec.norm, config.hidden_size, eps=spec.norm_eps)
         self.rotary_emb = rotary_embedding(config, spec.rope)
         self.gradient_checkpointing = False
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = backend.kernels == "auto"
         self.post_init()
 
     def init_parallel_plans(self) -> None:
@@ -279,7 +291,12 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
     Args:
         config: the family's config.
         backend: a `BackendConfig`, its fields as a dict, or None for the defaults.
+
+    Attributes:
+        takes_targets: that `forward` has ``targets``.
     """
+
+    takes_targets = True
 
     def __init__(self, config: PreTrainedConfig, backend: BackendConfig | dict[str, Any] | None = None):
         backend = BackendConfig.of(backend).apply_to(config)
@@ -314,9 +331,12 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, S, V]`` and, given labels, the next-token loss.
+
+        Given ``targets`` instead, the sum of the cross entropies and no logits, which are then never held whole.
 
         Args:
             input_ids: as for the backbone.
@@ -328,6 +348,7 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
             use_cache: as for the backbone.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for the positions in a
                 1-D index tensor.
+            targets: ``[B, positions kept]``, what each is to predict, -100 where nothing.
             **kwargs: for the backbone and, such as ``num_items_in_batch``, for the loss.
         """
         outputs: BaseModelOutputWithPast = self.model(
@@ -341,11 +362,14 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert outputs.last_hidden_state is not None
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        if self.model.spec.logits_multiplier != 1.0:
-            logits = logits * self.model.spec.logits_multiplier
-        if (cap := self.model.spec.logits_softcap) is not None:
-            logits = cap * torch.tanh(logits / cap)
+        hidden_states = outputs.last_hidden_state
+        if isinstance(keep, Tensor):
+            hidden_states = hidden_states.index_select(1, keep)  # whose gradient needs no sorting
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, keep]
+        if targets is not None:
+            return CausalLMOutputWithPast(loss=self._cross_entropy(hidden_states.flatten(0, 1), targets.flatten()))
+        logits = self._logits(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -356,6 +380,22 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        head, spec = self.lm_head, self.model.spec
+        hooked = bool(head._forward_hooks or head._forward_pre_hooks)
+        if self.backend.kernels == "auto" and type(head) is nn.Linear and head.bias is None and not hooked:
+            weight = head.weight
+            return linear_cross_entropy(hidden_states, weight, targets, spec.logits_multiplier, spec.logits_softcap)
+        return F.cross_entropy(self._logits(hidden_states).float(), targets, reduction="sum")
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        logits = self.lm_head(hidden_states)
+        if self.model.spec.logits_multiplier != 1.0:
+            logits = logits * self.model.spec.logits_multiplier
+        if (cap := self.model.spec.logits_softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
 
 class DecoderForSequenceClassification(HFCheckpointingMixin, GenericForSequenceClassification, DecoderPreTrainedModel):

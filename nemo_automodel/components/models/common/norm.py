@@ -10,6 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemo_automodel.components.kernels.add_norm import add_norm
+from nemo_automodel.components.kernels.launch import runs_on
+from nemo_automodel.components.kernels.linear import Normed
+
+NARROW = 512
+"""Rows of fewer channels (a head's) are left to torch, whose kernel takes many of them at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
@@ -86,6 +93,8 @@ class _Norm(nn.Module):
 class RMSNorm(_Norm):
     """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension.
 
+    On a GPU, rows of a model's width go through a kernel that adds the residual stream too (`with_residual`).
+
     Args:
         dim: shape of the weight: the size of the last dimension, or of the last two (a weight for each head).
         eps: added to the mean square.
@@ -96,6 +105,29 @@ class RMSNorm(_Norm):
         offset: added to the weight.
         initial: what the weight starts at.
     """
+
+    kernels = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.with_residual(hidden_states)[1] if self.fuses(hidden_states) else super().forward(hidden_states)
+
+    def with_residual(self, residual: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(residual + branch, norm(residual + branch))`` by the kernel, where it `fuses`."""
+        total, normed = add_norm(residual, branch, self.weight, self.eps, self.offset)
+        # a linear layer that reads it need not keep it
+        setattr(normed, Normed.MARK, Normed(total, self.weight, self.eps, self.offset))
+        return total, normed
+
+    def fuses(self, hidden_states: Tensor) -> bool:
+        """Whether the kernel computes this norm, in the way that the fields say, on ``hidden_states``."""
+        return (
+            self.kernels
+            and self.weight.ndim == 1
+            and NARROW <= hidden_states.shape[-1] <= 65536
+            and runs_on(hidden_states, self.weight)
+            and (self.fp32 or (not self.offset and self.weight.dtype == hidden_states.dtype))
+            and not torch.compiler.is_compiling()
+        )
 
     def _normed(self, hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         # torch's kernel reduces low-precision input in fp32 and casts once, after the weight

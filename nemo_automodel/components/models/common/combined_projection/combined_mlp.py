@@ -5,6 +5,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN, XIELUActivation
 
+from nemo_automodel.components.kernels.gated import ACTIVATIONS, gated
+from nemo_automodel.components.kernels.launch import runs_on
+from nemo_automodel.components.kernels.linear import Gated, Linear, takes_gated
+
 
 class CombinedGateUpMLP(nn.Module):
     """``down_proj(act(gate) * up)`` with ``gate`` and ``up`` from one ``gate_up_proj``.
@@ -19,9 +23,14 @@ class CombinedGateUpMLP(nn.Module):
         bias: whether the projections have biases.
         intermediate_size: channels of gate and of up.
 
+    Attributes:
+        kernels: whether to use the library's own kernel where it can run.
+
     Raises:
         ValueError: an activation that transformers does not know.
     """
+
+    kernels = True
 
     def __init__(
         self,
@@ -34,13 +43,18 @@ class CombinedGateUpMLP(nn.Module):
         super().__init__()
         bias = getattr(config, "mlp_bias", False) if bias is None else bias
         width = config.intermediate_size if intermediate_size is None else intermediate_size
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
-        self.act_fn = _activation(config.hidden_act if activation is None else activation)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, bias=bias)
+        self.down_proj = Linear(width, config.hidden_size, bias=bias)
+        self.activation = config.hidden_act if activation is None else activation
+        self.act_fn = _activation(self.activation)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``."""
-        gate, up = self.gate_up_proj(hidden_states).unflatten(-1, (-1, 2)).unbind(-1)
+        gate_up = self.gate_up_proj(hidden_states)
+        if self.kernels and self.activation in ACTIVATIONS and runs_on(gate_up):
+            lazily = takes_gated(self.down_proj)
+            return self.down_proj(Gated(gate_up, self.activation) if lazily else gated(gate_up, self.activation))
+        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
         return self.down_proj(self.act_fn(gate) * up)
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from nemo_automodel.components.kernels.linear import Linear
 from nemo_automodel.components.layout import Fusion, qkv_fusion
 
 
@@ -32,7 +33,7 @@ class CombinedQKVAttentionMixin:
             ValueError: when ``num_attention_heads`` is not a multiple of ``num_key_value_heads``.
         """
         self.qkv_layout = qkv_fusion(num_attention_heads, num_key_value_heads, head_dim)
-        self.qkv_proj = nn.Linear(hidden_size, num_key_value_heads * self.qkv_layout.group, bias=bias)
+        self.qkv_proj = Linear(hidden_size, num_key_value_heads * self.qkv_layout.group, bias=bias)
 
     def compute_qkv(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split ``[..., hidden_size]`` into query, key and value.
