@@ -13,6 +13,7 @@ LENGTH = 24
 
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 _NOT_KEPT = ("model_type", "transformers_version", "quantization_config")  # random weights are not quantized
+_ORIGINAL_CONTEXT = LENGTH + 8
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -68,9 +69,9 @@ def _sizes(config: PreTrainedConfig, keep_rope: bool) -> dict[str, Any]:
         sizes["num_key_value_heads"] = kv
     if own is not None:
         sizes["head_dim"] = head_dim
-    for name in ("intermediate_size", "shared_intermediate_size"):
+    for name, extra in (("intermediate_size", 4), ("shared_intermediate_size", 12)):  # which of them is read shows
         if isinstance(getattr(config, name, None), int):
-            sizes[name] = 2 * hidden + 4
+            sizes[name] = 2 * hidden + extra
     if getattr(config, "mamba_n_heads", None):  # of hybrids, whose configs check them where no layer has any, too
         sizes |= {"mamba_n_heads": 1, "mamba_d_head": config.mamba_expand * hidden}
     if getattr(config, "sliding_window", None):
@@ -79,6 +80,8 @@ def _sizes(config: PreTrainedConfig, keep_rope: bool) -> dict[str, Any]:
         sizes["max_window_layers"] = min(config.max_window_layers, 1)
     if not keep_rope:
         sizes["max_position_embeddings"] = min(config.max_position_embeddings, 2 * LENGTH)
+        if getattr(config, "original_max_position_embeddings", None):  # which Phi-3 writes over that of its RoPE
+            sizes["original_max_position_embeddings"] = _ORIGINAL_CONTEXT
     return sizes
 
 
@@ -113,7 +116,7 @@ def _small_rope(rope: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any
         if isinstance(nested, dict):
             _small_rope(nested, config)
     if rope.get("original_max_position_embeddings"):
-        rope["original_max_position_embeddings"] = LENGTH + 8
+        rope["original_max_position_embeddings"] = _ORIGINAL_CONTEXT
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     turning = int(head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0) or 1.0))
     for name in ("short_factor", "long_factor"):

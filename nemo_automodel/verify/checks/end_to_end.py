@@ -104,23 +104,25 @@ def cached_decoding(subject: Subject) -> Outcome:
 
 def greedy_tokens(subject: Subject) -> Outcome:
     """``generate`` gives the reference's tokens, from prompts of unequal length."""
-    ids = subject.tokens(length=9)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    outputs = []
-    for model in (subject.reference(), subject.ours()):
-        if not hasattr(model, "generate"):
-            raise NotApplicable("the class has no generate(): inherit transformers' GenerationMixin for it")
-        model.generation_config.pad_token_id = 0
-        tokens = model.generate(
-            ids, attention_mask=mask, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False
-        )
-        outputs.append(tokens[:, ids.shape[1] :])
-    agree = (outputs[0] == outputs[1]).float().mean().item()
-    if agree < 1:
-        first = int((outputs[0] != outputs[1]).any(0).nonzero()[0])
-        return Outcome(False, f"generated tokens part at number {first + 1} of {GENERATED}")
-    return Outcome(True, f"{outputs[0].numel()} greedy tokens equal the reference's")
+    models = (subject.reference(), subject.ours())
+    if not all(hasattr(model, "generate") for model in models):
+        raise NotApplicable("the class has no generate(): inherit transformers' GenerationMixin for it")
+    count = 0
+    for length in (9, LENGTH):  # the second goes on past the original context of scaled RoPE
+        ids = subject.tokens(length=length)
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        outputs = []
+        for model in models:
+            model.generation_config.pad_token_id = 0
+            tokens = model.generate(
+                ids, attention_mask=mask, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False
+            )
+            outputs.append(tokens[:, length:])
+        if wrong := (outputs[0] != outputs[1]).any(0).nonzero().flatten().tolist():
+            return Outcome(False, f"after {length} tokens, generated ones part at number {wrong[0] + 1} of {GENERATED}")
+        count += outputs[0].numel()
+    return Outcome(True, f"{count} greedy tokens equal the reference's")
 
 
 def padding(subject: Subject) -> Outcome:
@@ -293,6 +295,12 @@ def training_mode(subject: Subject) -> Outcome:
             if acts[0] != acts[1]:
                 word = "acts on the reference, and not here" if acts[0] else "acts here, and not on the reference"
                 return Outcome(False, f"config.{name}=0.5 {word}", tuple(differences))
+            nothing: dict[str, Any] = {**off, name: 1.0}  # drops all, so that chance has no part in it
+            with torch.no_grad():
+                want, have = (
+                    build(torch.float64, **nothing).train()(ids).logits for build in (subject.reference, subject.ours)
+                )
+            differences.append(formula(f"logits with config.{name}=1", have, want))
     return judge(
         differences, f"train() as eval() without dropout; {', '.join(rates) or 'no rate in the config'} as there"
     )
