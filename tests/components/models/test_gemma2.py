@@ -12,6 +12,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "as checkpoints have it": {},
     "other features": {
         "attention_bias": True,
+        "num_key_value_heads": 4,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "query_pre_attn_scalar": 144,

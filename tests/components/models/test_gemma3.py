@@ -11,6 +11,7 @@ from nemo_automodel.verify import assert_verified
 CONFIGS: dict[str, dict[str, Any]] = {
     "as checkpoints have it": {"num_hidden_layers": 6, "sliding_window": 512},
     "other features": {
+        "num_key_value_heads": 4,
         "attention_bias": True,
         "final_logit_softcapping": 20.0,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],

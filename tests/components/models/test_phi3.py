@@ -11,7 +11,12 @@ from tests.conftest import assert_near, tiny, tokens, twins
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "Phi-4": {"rope_parameters": {"rope_theta": 250000.0, "rope_type": "default"}},
-    "Phi-3-mini: a window": {"sliding_window": 6, "num_key_value_heads": 8, "rms_norm_eps": 1e-3},
+    "Phi-3-mini: a window, a part of the channels": {
+        "sliding_window": 6,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5},
+    },
     "Phi-4-mini: longrope, tied": {
         "hidden_size": 256,
         "tie_word_embeddings": True,

@@ -1,7 +1,5 @@
 """Apertus on fused projections: RMSNorm on every query and key head; an MLP without a gate, and xIELU, which learns."""
 
-from functools import partial
-
 from transformers import ApertusConfig
 
 from nemo_automodel.components.models.apertus.state_dict_adapter import ApertusStateDictAdapter
@@ -27,7 +25,7 @@ class ApertusPreTrainedModel(DecoderPreTrainedModel):
             o_bias=config.attention_bias,
             norms=NORMS,
             qk_norm="head",
-            mlp=partial(PlainMLP, bias=False),
+            mlp=PlainMLP,
         )
 
 

@@ -45,7 +45,7 @@ class GraniteMoeHybridPreTrainedModel(DecoderPreTrainedModel):
             o_bias=config.attention_bias,
             attention_scale=config.attention_multiplier,
             rope=RopeSpec(layers=(config.position_embedding_type == "rope",) * config.num_hidden_layers),
-            mlp=partial(CombinedGateUpMLP, bias=False, intermediate_size=config.shared_intermediate_size),
+            mlp=partial(CombinedGateUpMLP, intermediate_size=config.shared_intermediate_size),
             embedding_multiplier=config.embedding_multiplier,
             residual_multiplier=config.residual_multiplier,
             logits_multiplier=1 / config.logits_scaling,
