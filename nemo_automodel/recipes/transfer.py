@@ -9,17 +9,19 @@ from torch import Tensor
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """``batch`` on ``device``; to a GPU from pinned memory, so that the copy waits its turn and the host does not.
 
+    Labels stay where they are: which positions have one is asked on the host.
     An ``attention_mask`` that only tells of padding on the right is left out: no token of a causal model sees what
     follows it, and padding has no labels. Where there is a mask, transformers asks the device what is in it and waits,
     and attention takes slower kernels.
     """
-    batch = {name: value for name, value in batch.items() if name != "attention_mask" or not _on_the_right(value)}
-    if device.type != "cuda":
-        return {name: value.to(device) for name, value in batch.items()}
-    return {
-        name: (value if value.is_cuda else value.pin_memory()).to(device, non_blocking=True)
-        for name, value in batch.items()
-    }
+    moved = {}
+    for name, value in batch.items():
+        if name == "labels":
+            moved[name] = value
+        elif name != "attention_mask" or not _on_the_right(value):
+            pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
+            moved[name] = pinned.to(device, non_blocking=True)
+    return moved
 
 
 def _on_the_right(mask: Tensor) -> bool:

@@ -20,6 +20,14 @@ def test_a_mask_of_padding_on_the_right_is_left_out(mask: list[list[int]], kept:
     assert ("attention_mask" in to_device(batch, CPU)) == kept
 
 
+def test_labels_stay_on_the_host() -> None:
+    batch = {name: torch.zeros(2, 3, dtype=torch.long) for name in ("input_ids", "labels")}
+    assert {name: value.device.type for name, value in to_device(batch, torch.device("meta")).items()} == {
+        "input_ids": "meta",
+        "labels": "cpu",
+    }
+
+
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_without_that_mask_the_loss_and_its_gradients_are_the_same(attn: str) -> None:
     model = LlamaForCausalLM(tiny(attn=attn))
