@@ -28,9 +28,9 @@ def add_norm_reference(
 
 
 def add_norm(
-    residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """``(residual + branch, norm(residual + branch))``, the norm in fp32 and rounded once.
+    residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0, room: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(residual + branch, norm(residual + branch), 1 / rms)``, the norm in fp32 and rounded once.
 
     Args:
         residual: ``[..., n]``, on any device; a kernel runs where it can, else `add_norm_reference`.
@@ -38,14 +38,19 @@ def add_norm(
         weight: ``[n]``.
         eps: added to the mean square.
         offset: added to the weight, in fp32.
+        room: columns to leave free beside every row of the norm's output, in the same memory, by the kernel.
+
+    Returns:
+        The sum; the norm; the root mean squares' inverses, fp32 ``[rows]``, None from the reference.
     """
     if runs_on(residual, branch, weight) and residual.shape[-1] <= 65536:
-        return _AddNorm.apply(residual, branch, weight, eps, offset)
-    return add_norm_reference(residual, branch, weight, eps, offset)
+        total, normed, rstd = _AddNorm.apply(residual, branch, weight, eps, offset, room)
+        return total, normed, rstd
+    return *add_norm_reference(residual, branch, weight, eps, offset), None
 
 
 @jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def add_norm_forward_kernel(  # type: ignore[no-untyped-def]
     X, BRANCH, WEIGHT, TOTAL, OUT, RSTD, n, x_stride, branch_stride, out_stride, eps, offset,
     ADD: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +72,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def add_norm_backward_kernel(  # type: ignore[no-untyped-def]
     GRAD, GRAD_TOTAL, TOTAL, WEIGHT, RSTD, GRAD_X, GRAD_WEIGHT, count, n, grad_stride, grad_total_stride,
     total_stride, offset, WITH_TOTAL: tl.constexpr, WITH_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +117,7 @@ def add_norm_forward(
     count, n = x.shape
     block = power_of_two(n)
     if count:
-        wrapped(_forward_kernel)[(count,)](
+        wrapped(add_norm_forward_kernel)[(count,)](
             x, x if branch is None else branch, weight, x if total is None else total, out, x if rstd is None else rstd,
             n, x.stride(0), 0 if branch is None else branch.stride(0), out.stride(0), eps, offset,
             ADD=branch is not None, KEEP=rstd is not None, BLOCK=block, num_warps=_warps(block),
@@ -137,7 +142,7 @@ def add_norm_backward(
     programs = min(count, processors * PROGRAMS_PER_PROCESSOR)
     partial = torch.empty((programs if with_weight else 0, n), dtype=torch.float32, device=total.device)
     if count:
-        wrapped(_backward_kernel)[(programs,)](
+        wrapped(add_norm_backward_kernel)[(programs,)](
             grad, grad if grad_total is None else grad_total, total, weight, rstd, grad_x, partial, count, n,
             grad.stride(0), 0 if grad_total is None else grad_total.stride(0), total.stride(0), offset,
             WITH_TOTAL=grad_total is not None, WITH_WEIGHT=with_weight, BLOCK=block, num_warps=_warps(block),
@@ -148,11 +153,11 @@ def add_norm_backward(
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, offset: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, residual: Tensor, branch: Tensor | None, weight: Tensor, eps: float, offset: float, room: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         flat = rows(residual)
         total = residual if branch is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-        out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        out = residual.new_empty((*residual.shape[:-1], residual.shape[-1] + room))[..., : residual.shape[-1]]
         rstd = torch.empty(flat.shape[0], dtype=torch.float32, device=residual.device)
         add_norm_forward(
             flat,
@@ -167,14 +172,15 @@ class _AddNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, rstd)
         ctx.offset, ctx.added = offset, branch is not None
         ctx.set_materialize_grads(False)
-        return total, out
+        ctx.mark_non_differentiable(rstd)
+        return total, out, rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         if grad is None:
-            return grad_total, grad_total if ctx.added else None, None, None, None
+            return grad_total, grad_total if ctx.added else None, None, None, None, None
         with_weight = ctx.needs_input_grad[2]
         grad_x, partial = add_norm_backward(
             rows(grad),
@@ -187,4 +193,4 @@ class _AddNorm(torch.autograd.Function):
         )
         grad_x = grad_x.view(total.shape)
         grad_weight = partial.sum(0).to(weight.dtype) if with_weight else None
-        return grad_x, grad_x if ctx.added else None, grad_weight, None, None
+        return grad_x, grad_x if ctx.added else None, grad_weight, None, None, None

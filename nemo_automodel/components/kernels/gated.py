@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import jit, rows, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, rows, runs_on, tl, wrapped
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 """Those the kernels have, by transformers' names."""
 
 BLOCK = 1024
+TILE, TILE_WARPS = (32, 64), 4
+"""Rows and pairs of the backward kernel's programs where it takes a product on its way (16 rows are the least)."""
 
 
 def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
@@ -60,7 +62,7 @@ def _activated(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _forward_kernel(GATE_UP, OUT, width, in_stride, out_stride, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def gated_forward_kernel(GATE_UP, OUT, width, in_stride, out_stride, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     blocks = tl.cdiv(width, BLOCK)
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     pairs = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
@@ -72,32 +74,35 @@ def _forward_kernel(GATE_UP, OUT, width, in_stride, out_stride, KIND: tl.constex
 
 
 @jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    GRAD,
-    GATE_UP,
-    GRAD_GATE_UP,
-    OUT,
-    width,
-    grad_stride,
-    in_stride,
-    out_stride,
-    KIND: tl.constexpr,
-    WITH_OUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def gated_backward_kernel(  # type: ignore[no-untyped-def]
+    GRAD, GATE_UP, GRAD_GATE_UP, OUT, LEFT, RIGHT, count, width, rank, grad_stride, in_stride, out_stride,
+    left_stride, right_stride,
+    KIND: tl.constexpr, WITH_OUT: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS x BLOCK pairs; with RANK, LEFT @ RIGHT is added to GRAD first."""
     blocks = tl.cdiv(width, BLOCK)
-    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    pairs = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    cols = block * BLOCK + tl.arange(0, BLOCK)
-    both = tl.load(GATE_UP + row * in_stride + pairs, mask=pairs < 2 * width, other=0.0)
-    grad = tl.load(GRAD + row * grad_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
-    gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    block = tl.program_id(0) % blocks
+    pairs = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
+    cols = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    two, one = (row < count) & (pairs < 2 * width), (row < count) & (cols < width)
+    both = tl.load(GATE_UP + row * in_stride + pairs, mask=two, other=0.0)
+    grad = tl.load(GRAD + row * grad_stride + cols, mask=one, other=0.0).to(tl.float32)
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        left = tl.load(LEFT + row * left_stride + r[None, :], mask=(row < count) & (r[None, :] < rank), other=0.0)
+        right = tl.load(RIGHT + r[:, None] * right_stride + cols, mask=(r[:, None] < rank) & (cols < width), other=0.0)
+        if WIDE:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        grad += tl.dot(left, right, input_precision="ieee")
+    gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     active, slope = _activated(gate, KIND)
-    grads = tl.reshape(tl.join(grad * up * slope, grad * active), (2 * BLOCK,))
-    tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=pairs < 2 * width)
+    grads = tl.reshape(tl.join(grad * up * slope, grad * active), (ROWS, 2 * BLOCK))
+    tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=two)
     if WITH_OUT:
-        tl.store(OUT + row * out_stride + cols, (active * up).to(OUT.dtype.element_ty), mask=cols < width)
+        tl.store(OUT + row * out_stride + cols, (active * up).to(OUT.dtype.element_ty), mask=one)
 
 
 @torch.library.triton_op("nemo_automodel::gated_forward", mutates_args={"out"})
@@ -106,31 +111,43 @@ def gated_forward(gate_up: Tensor, out: Tensor, activation: int) -> None:
     count, width = out.shape
     if out.numel():
         grid = (count * -(-width // BLOCK),)
-        wrapped(_forward_kernel)[grid](
+        wrapped(gated_forward_kernel)[grid](
             gate_up, out, width, gate_up.stride(0), out.stride(0), KIND=activation, BLOCK=BLOCK, num_warps=4
         )
 
 
 @torch.library.triton_op("nemo_automodel::gated_backward", mutates_args={"out"})
-def gated_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None, activation: int) -> Tensor:
-    """Gradient of ``gate_up`` ``[rows, 2 * width]``, interleaved like it; `gated` itself once more where ``out`` is."""
+def gated_backward(
+    grad: Tensor,
+    gate_up: Tensor,
+    out: Tensor | None,
+    activation: int,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> Tensor:
+    """Gradient of ``gate_up`` ``[rows, 2 * width]``, interleaved like it.
+
+    Args:
+        grad: ``[rows, width]``, of the gated activation.
+        gate_up: its input.
+        out: where there, gets `gated` itself once more.
+        activation: a value of `ACTIVATIONS`.
+        left: ``[rows, r]``; with it ``left @ right`` is added to ``grad``.
+        right: ``[r, width]``.
+    """
     count, width = grad.shape
     grad_gate_up = torch.empty((count, 2 * width), dtype=gate_up.dtype, device=gate_up.device)
+    rank = 0 if left is None or right is None else max(16, power_of_two(right.shape[0]))
+    tile, block = (1, BLOCK) if rank == 0 else TILE
     if grad.numel():
-        wrapped(_backward_kernel)[(count * -(-width // BLOCK),)](
-            grad,
-            gate_up,
-            grad_gate_up,
-            grad_gate_up if out is None else out,
-            width,
-            grad.stride(0),
-            gate_up.stride(0),
-            0 if out is None else out.stride(0),
-            KIND=activation,
-            WITH_OUT=out is not None,
-            BLOCK=BLOCK,
-            num_warps=4,
-        )
+        wrapped(gated_backward_kernel)[(-(-count // tile) * -(-width // block),)](
+            grad, gate_up, grad_gate_up, grad_gate_up if out is None else out, grad if left is None else left,
+            grad if right is None else right, count, width, 0 if right is None else right.shape[0], grad.stride(0),
+            gate_up.stride(0), 0 if out is None else out.stride(0), 0 if left is None else left.stride(0),
+            0 if right is None else right.stride(0),
+            KIND=activation, WITH_OUT=out is not None, RANK=rank, ROWS=tile, BLOCK=block, num_warps=TILE_WARPS if rank else 4,
+            WIDE=INTERPRETED,  # the interpreter multiplies bf16's bit patterns
+        )  # fmt: skip
     return grad_gate_up
 
 

@@ -32,7 +32,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def runs_on(*tensors: Tensor | None) -> bool:
     """Whether a kernel can take these tensors (None: not there): plain ones, on a GPU, in one of `DTYPES`."""
     return triton is not None and all(
-        (tensor.is_cuda or INTERPRETED and tensor.device.type == "cpu")
+        (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
         and tensor.dtype in DTYPES
         and not isinstance(tensor, DTensor)
         for tensor in tensors

@@ -1,11 +1,11 @@
-"""Linear layers, frozen ones with low-rank adapters (arXiv:2106.09685) too, that keep as little as they can for backward.
+"""Linear layers, also frozen ones with low-rank adapters (arXiv:2106.09685), that keep little for the backward pass.
 
-Two inputs of a decoder's projections are cheap functions of what is kept anyway: a norm's output of the residual stream,
-and ``act(gate) * up`` of the fused projection's output. They are made again, instead of kept.
+Two inputs of a decoder's projections are cheap functions of what is kept anyway: a norm's output of the residual
+stream, and ``act(gate) * up`` of the fused projection's output. They are made again, instead of kept.
 
-With adapters ``y = x W^T + t B^T``, ``t = x A^T``. One buffer ``[W | B]`` serves both ways: forward ``[x | t] [W | B]^T``,
-backward ``g [W | B]``, which is the input's gradient beside that of ``t``. So the adapters ride in the layer's two
-products, and neither output nor input gradient of the wide layers is read once more to add them.
+With adapters ``y = x W^T + t B^T``, ``t = x A^T``. One buffer ``[W | B]`` serves both ways: forward
+``[x | t] [W | B]^T``, backward ``g [W | B]``, which is the input's gradient beside that of ``t``. So the adapters ride
+in the layer's two products, and the wide layers' outputs are not read once more to add them.
 """
 
 from collections.abc import Sequence
@@ -42,8 +42,11 @@ class Normed:
 
     total: Tensor
     weight: Tensor
+    rstd: Tensor
     eps: float
     offset: float
+    room: int = 0
+    """Columns that are free beside every row of the output."""
 
 
 class LowRank(Protocol):
@@ -61,7 +64,7 @@ class LowRank(Protocol):
         """All A, ``[r, in]``."""
 
     def write(self, parameters: Sequence[Tensor], into: Tensor) -> None:
-        """All B times their scales, in the fused rows, into ``[out, r]``, which is zero where nothing was ever written."""
+        """All B times their scales, in the fused rows, into ``[out, r]``, zero where parts do not meet."""
 
     def gradients(self, of_a: Tensor, of_b: Tensor) -> Sequence[Tensor]:
         """Of each parameter, from those of ``stacked`` and of what ``write`` wrote."""
@@ -128,91 +131,101 @@ class _Linear(torch.autograd.Function):
         low_rank: LowRank | None,
         *parameters: Tensor,
     ) -> Tensor:
-        out_features, width = weight.shape
-        joined = None if low_rank is None else low_rank.joined
-        # room for t beside x, so that the two are one operand
-        x = _input(source, recipe, width, 0 if joined is None or low_rank is None else low_rank.rank)
-        t = b = None
+        x: Tensor = rows(source)
+        t: Tensor | None = None
+        width = weight.shape[1]
+        room = low_rank.rank if low_rank is not None and low_rank.joined is not None else 0
+        if isinstance(recipe, int):
+            x = x.new_empty(x.shape[0], width + room)[:, :width]
+            gated_forward(rows(source), x, recipe)
         if low_rank is None:
             y = F.linear(x, weight, bias)
-        elif joined is not None:
-            low_rank.write(parameters, joined[:, width:])
-            whole = x.as_strided((x.shape[0], width + low_rank.rank), x.stride())
-            torch.mm(x, low_rank.stacked(parameters).t(), out=whole[:, width:])
-            t = whole[:, width:].contiguous()
-            y = F.linear(whole, joined, bias)
         else:
-            b = weight.new_zeros(out_features, low_rank.rank)
-            low_rank.write(parameters, b)
-            t = x @ low_rank.stacked(parameters).t()
-            y = F.linear(x, weight, bias).addmm_(t, b.t())
-        # B's own parameters are kept beside [W | B] so that autograd sees if a step changes them before the backward
-        normed = (recipe.total.detach(), recipe.weight) if isinstance(recipe, Normed) else (None, None)
-        kept = None if isinstance(recipe, Normed) else source
-        ctx.save_for_backward(kept, *normed, weight, t, b, *parameters)
+            a, b = low_rank.stacked(parameters), _written(low_rank, weight, parameters)
+            if room and (isinstance(recipe, int) or (isinstance(recipe, Normed) and recipe.room >= room)):
+                whole = x.as_strided((x.shape[0], width + room), x.stride())
+                torch.mm(x, a.t(), out=whole[:, width:])
+                t = whole[:, width:].contiguous()
+                y = F.linear(whole, low_rank.joined, bias)
+            else:
+                t = x @ a.t()
+                y = F.linear(x, weight, bias).addmm_(t, b.t())
+        normed = recipe if isinstance(recipe, Normed) else None
+        # the parameters only so that autograd sees it if a step changes them before the backward pass
+        ctx.save_for_backward(
+            None if normed else source,
+            *((normed.total.detach(), normed.weight, normed.rstd) if normed else (None, None, None)),
+            weight,
+            t,
+            *parameters,
+        )
         # not the recipe itself, which would hold its tensors for as long as the loss lives
-        ctx.recipe = (recipe.eps, recipe.offset) if isinstance(recipe, Normed) else recipe
+        ctx.recipe = (normed.eps, normed.offset) if normed else recipe
         ctx.low_rank = low_rank
-        ctx.with_bias = bias is not None
-        return y.view(*source.shape[:-1], out_features)
+        return y.view(*source.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        source, total, norm_weight, weight, t, b, *parameters = ctx.saved_tensors
+        source, total, norm_weight, rstd, weight, t, *parameters = ctx.saved_tensors
         low_rank, recipe = ctx.low_rank, ctx.recipe
         with_source, _, with_weight, with_bias = ctx.needs_input_grad[:4]
-        if isinstance(recipe, tuple):
-            source, recipe = total, Normed(total, norm_weight, *recipe)
-        width = weight.shape[1]
+        shape, width = (*grad.shape[:-1], weight.shape[1]), weight.shape[1]
         grad = rows(grad)
-        a = grad_x = grad_t = grad_a = grad_b = None
+        flat = rows(total if source is None else source)
+        grad_x: Any = None
+        grad_t: Any = None
+        a: Any = None
+        x: Any = None
         if low_rank is not None:
             a = low_rank.stacked(parameters)
             if low_rank.joined is not None:
                 both = grad @ low_rank.joined
                 grad_x, grad_t = both[:, :width], both[:, width:].contiguous()
             else:
-                grad_x, grad_t = grad @ weight, grad @ b
-            grad_x.addmm_(grad_t, a)
-            grad_b = grad.t() @ t
+                grad_x, grad_t = grad @ weight, grad @ _written(low_rank, weight, parameters)
         elif with_source:
             grad_x = grad @ weight
-        with_input = with_weight or low_rank is not None
+
+        with_x = with_weight or low_rank is not None
         if isinstance(recipe, int):
-            flat = rows(source)
-            x = flat.new_empty(flat.shape[0], width) if with_input else None
-            grad_source = gated_backward(grad_x, flat, x, recipe) if with_source else None
-            if x is not None and grad_source is None:
+            x = flat.new_empty(flat.shape[0], width) if with_x else None
+            if grad_x is None:
                 gated_forward(flat, x, recipe)
+            else:  # one kernel adds the adapters' part, and makes x as it passes
+                grad_x, shape = gated_backward(grad_x, flat, x, recipe, grad_t, a), (*shape[:-1], 2 * width)
         else:
-            x = _input(source, recipe, width, 0) if with_input else None
-            grad_source = grad_x
-        grad_weight = grad.t() @ x if with_weight else None
-        grad_bias = grad.sum(0) if ctx.with_bias and with_bias else None
-        if grad_source is not None:
-            grad_source = grad_source.view(source.shape)
+            if grad_t is not None:
+                grad_x.addmm_(grad_t, a)
+            if isinstance(recipe, tuple) and with_weight:
+                x = torch.empty_like(flat)
+                add_norm_forward(flat, None, norm_weight, None, x, None, *recipe)
+            elif recipe is None:
+                x = flat
+
         adapters: Sequence[Tensor] = ()
         if low_rank is not None:
-            grad_a = grad_t.t() @ x
-            adapters = low_rank.gradients(grad_a, grad_b)
-        return grad_source, None, grad_weight, grad_bias, None, *adapters
+            if x is None:  # (total * rstd * weight)^T grad_t, without making the norm again
+                scaled = (grad_t * rstd[:, None]).to(grad_t.dtype)
+                grad_a = (scaled.t() @ flat).mul_((norm_weight.float() + recipe[1]).to(flat.dtype))
+            else:
+                grad_a = grad_t.t() @ x
+            adapters = low_rank.gradients(grad_a, grad.t() @ t)
+        return (
+            grad_x.view(shape) if with_source else None,
+            None,
+            grad.t() @ x if with_weight else None,
+            grad.sum(0) if with_bias else None,
+            None,
+            *adapters,
+        )
 
 
-def _input(source: Tensor, recipe: int | Normed | None, width: int, room: int) -> Tensor:
-    """The layer's input ``[rows, width]``, made as ``recipe`` says, with ``room`` for more columns beside every row."""
-    flat = rows(source)
-    if isinstance(recipe, int):
-        x = flat.new_empty(flat.shape[0], width + room)[:, :width]
-        gated_forward(flat, x, recipe)
-        return x
-    # forward the norm's output is there; backward it is made again
-    if isinstance(recipe, Normed) and source is recipe.total:
-        x = flat.new_empty(flat.shape[0], width + room)[:, :width]
-        add_norm_forward(flat, None, recipe.weight, None, x, None, recipe.eps, recipe.offset)
-        return x
-    if not room:
-        return flat
-    x = flat.new_empty(flat.shape[0], width + room)[:, :width]
-    x.copy_(flat)
-    return x
+def _written(low_rank: LowRank, weight: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """All B ``[out, r]``: beside the weight where the two are joined, else by themselves."""
+    if low_rank.joined is None:
+        b = weight.new_zeros(weight.shape[0], low_rank.rank)
+    else:
+        b = low_rank.joined[:, weight.shape[1] :]
+    low_rank.write(parameters, b)
+    return b

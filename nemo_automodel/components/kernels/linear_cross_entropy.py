@@ -1,7 +1,7 @@
 """Cross entropy of a linear head without the full logits.
 
 The rows of the hidden states go through the head a chunk at a time. A chunk's logits become their own gradient in
-place, which gives the gradients of hidden states and head at once; nothing of size rows x vocabulary outlives its chunk.
+place, which gives the gradients of hidden states and head at once; nothing of rows x vocabulary outlives its chunk.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from nemo_automodel.components.kernels.launch import jit, runs_on, tl, wrapped
 IGNORE = -100
 CHUNK = 2**28
 """Logits of one chunk, at most."""
-BLOCK = 8192
+BLOCK, WARPS = 8192, 16
 
 
 def linear_cross_entropy_reference(
@@ -70,7 +70,7 @@ def _capped(logits, multiplier, softcap, CAP: tl.constexpr):  # type: ignore[no-
 
 
 @jit
-def _statistics_kernel(  # type: ignore[no-untyped-def]
+def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
     LOGITS, TARGETS, MAXIMUM, SUM, AT_TARGET, stride, first, multiplier, softcap,
     V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _gradient_kernel(  # type: ignore[no-untyped-def]
+def cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
     LOGITS, TARGETS, LSE, stride, first, multiplier, softcap,
     V: tl.constexpr, CAP: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -119,13 +119,13 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 def cross_entropy_statistics(
     logits: Tensor, targets: Tensor, first: int, multiplier: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row: the highest logit, the sum of exponentials less it, the target's logit (0 where it is elsewhere)."""
+    """For each row: the highest logit, the sum of exponentials less it, the target's logit (0: it is elsewhere)."""
     count, vocabulary = logits.shape
     maximum = torch.empty(count, dtype=torch.float32, device=logits.device)
     total, at_target = torch.empty_like(maximum), torch.empty_like(maximum)
-    wrapped(_statistics_kernel)[(count,)](
+    wrapped(cross_entropy_statistics_kernel)[(count,)](
         logits, targets, maximum, total, at_target, logits.stride(0), first, multiplier, softcap,
-        V=vocabulary, CAP=softcap > 0, BLOCK=BLOCK, num_warps=16,
+        V=vocabulary, CAP=softcap > 0, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return maximum, total, at_target
 
@@ -135,9 +135,9 @@ def cross_entropy_gradient(
     logits: Tensor, targets: Tensor, lse: Tensor, first: int, multiplier: float, softcap: float
 ) -> None:
     """Logits become the gradient of the loss with respect to what the head's product gave."""
-    wrapped(_gradient_kernel)[(logits.shape[0],)](
+    wrapped(cross_entropy_gradient_kernel)[(logits.shape[0],)](
         logits, targets, lse, logits.stride(0), first, multiplier, softcap,
-        V=logits.shape[1], CAP=softcap > 0, IGNORE=IGNORE, BLOCK=BLOCK, num_warps=16,
+        V=logits.shape[1], CAP=softcap > 0, IGNORE=IGNORE, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -164,9 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not len(chunk):
                 continue
             logits = chunk @ weight.t()
-            lse, at_target = _log_sum_exp(
-                *cross_entropy_statistics(logits, wanted, first, multiplier, softcap), group=group
-            )
+            lse, at_target = _log_sum_exp(group, *cross_entropy_statistics(logits, wanted, first, multiplier, softcap))
             loss += torch.where(wanted != IGNORE, lse - at_target, 0.0).sum()
             if with_hidden or with_weight:
                 cross_entropy_gradient(logits, wanted, lse, first, multiplier, softcap)
@@ -187,7 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _log_sum_exp(
-    maximum: Tensor, total: Tensor, at_target: Tensor, group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None, maximum: Tensor, total: Tensor, at_target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Over the whole vocabulary, and the target's logit, from the parts of ``group``'s ranks."""
     if group is not None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.launch import jit, power_of_two, runs_on, tl, wrapped
 
-TOKENS = 16
+TOKENS, WARPS = 16, 2
 """Tokens per program, of one head."""
 
 
@@ -51,7 +51,7 @@ def split_and_turn(qkv: Tensor, cos: Tensor, sin: Tensor, group: int, head_dim: 
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def qkv_rope_kernel(  # type: ignore[no-untyped-def]
     QKV, COS, SIN, Q, K, V, tokens, sequence, table_batch_stride, table_stride, qkv_stride,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr,
@@ -111,10 +111,10 @@ def _launch(
         return
     strides = [stride for part in parts for stride in part.stride()[:3]]
     half = cos.shape[-1] // 2
-    wrapped(_kernel)[(-(-batch * sequence // TOKENS), heads * (group + 2))](
+    wrapped(qkv_rope_kernel)[(-(-batch * sequence // TOKENS), heads * (group + 2))](
         qkv, cos, sin, *parts, batch * sequence, sequence, 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1),
         qkv.stride(1), *strides, GROUP=group, D=head_dim, HALF=half, BACKWARD=backward, TOKENS=TOKENS,
-        BLOCK=power_of_two(half), REST=power_of_two(max(1, head_dim - 2 * half)), num_warps=2,
+        BLOCK=power_of_two(half), REST=power_of_two(max(1, head_dim - 2 * half)), num_warps=WARPS,
     )  # fmt: skip
 
 

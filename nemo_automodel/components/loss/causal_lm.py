@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,10 +43,17 @@ def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> T
     positions = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
     if len(positions) < DENSE * targets.shape[1]:
         targets = targets[:, positions]
-        inputs["logits_to_keep"] = positions.to(device, non_blocking=True)
-    targets = targets.to(device, non_blocking=True)
+        inputs["logits_to_keep"] = _on(device, positions)
+    targets = _on(device, targets)
     if getattr(model, "takes_targets", False):
         loss: Tensor = model(**inputs, targets=targets, use_cache=False).loss
         return loss
     logits = model(**inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """``tensor`` on ``device``, without waiting for it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

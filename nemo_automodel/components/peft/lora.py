@@ -140,6 +140,11 @@ class LoRALinear(nn.Linear):
             self.weight.data, self.joined = self.weight.data.contiguous(), None
 
     @property
+    def room(self) -> int:
+        """Columns that the layer wants beside every row of its input."""
+        return 0 if self.joined is None else self.rank
+
+    @property
     def rank(self) -> int:
         """Of all parts together."""
         return sum(a.shape[0] for a in self.lora_A.values())

@@ -74,7 +74,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> Tensor:
         """``[B, S, hidden] -> [B, S, hidden]``."""
-        hidden_states, normed = self._normed_stream(self.norms.before_attention, hidden_states)
+        hidden_states, normed = self._normed_stream(self.norms.before_attention, self.self_attn.qkv_proj, hidden_states)
         attended, _ = self.self_attn(
             hidden_states=normed,
             position_embeddings=position_embeddings,
@@ -88,15 +88,19 @@ class DecoderLayer(GradientCheckpointingLayer):
             if self.norms.before_mlp != self.norms.before_attention:
                 normed = self._norm(self.norms.before_mlp, hidden_states)
             return hidden_states + (attended + self._branch(self.norms.after_mlp, self.mlp(normed)))
-        hidden_states, normed = self._normed_stream(self.norms.before_mlp, hidden_states, attended)
+        hidden_states, normed = self._normed_stream(
+            self.norms.before_mlp, getattr(self.mlp, "gate_up_proj", None), hidden_states, attended
+        )
         fed_forward = self.mlp(normed)
         return hidden_states + self._branch(self.norms.after_mlp, fed_forward)
 
-    def _normed_stream(self, name: str | None, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The residual stream with ``branch`` added to it, and what the next branch reads."""
+    def _normed_stream(
+        self, name: str | None, reader: nn.Module | None, stream: Tensor, branch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream with ``branch`` added to it, and what the next branch, by its ``reader``, reads."""
         norm = None if name is None else self._modules[name]
         if isinstance(norm, RMSNorm) and norm.fuses(stream) and not (norm._forward_hooks or norm._forward_pre_hooks):
-            return norm.with_residual(stream, branch)
+            return norm.with_residual(stream, branch, reader)
         stream = stream if branch is None else stream + branch
         return stream, self._norm(name, stream)
 
@@ -162,7 +166,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         for module in self.modules():
             if hasattr(module, "kernels"):
-                module.kernels = backend.kernels == "auto"
+                module.kernels = backend.kernels == "auto"  # type: ignore[assignment]
         self.post_init()
 
     def init_parallel_plans(self) -> None:

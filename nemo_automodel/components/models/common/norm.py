@@ -111,11 +111,18 @@ class RMSNorm(_Norm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.with_residual(hidden_states)[1] if self.fuses(hidden_states) else super().forward(hidden_states)
 
-    def with_residual(self, residual: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(residual + branch, norm(residual + branch))`` by the kernel, where it `fuses`."""
-        total, normed = add_norm(residual, branch, self.weight, self.eps, self.offset)
+    def with_residual(
+        self, residual: Tensor, branch: Tensor | None = None, reader: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(residual + branch, norm(residual + branch))`` by the kernel, where it `fuses`.
+
+        ``reader``, the linear layer that reads the norm, gets the room beside the rows that it wants (`LowRank`).
+        """
+        room = getattr(reader, "room", 0)
+        total, normed, rstd = add_norm(residual, branch, self.weight, self.eps, self.offset, room)
+        assert rstd is not None
         # a linear layer that reads it need not keep it
-        setattr(normed, Normed.MARK, Normed(total, self.weight, self.eps, self.offset))
+        setattr(normed, Normed.MARK, Normed(total, self.weight, rstd, self.eps, self.offset, room))
         return total, normed
 
     def fuses(self, hidden_states: Tensor) -> bool:
