@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_automodel.components.checkpoint import CheckpointError
+from nemo_automodel.components.optim import adamw
 from nemo_automodel.config import ConfigError, load_config
 from nemo_automodel.recipes import building
 from nemo_automodel.recipes import train as recipe
@@ -278,6 +279,24 @@ def test_reading_a_step_later_changes_nothing(
         json.loads((tmp_path / o / "checkpoints/step-00000006/state.json").read_text()) for o in ("at_once", "later")
     ]
     assert states[0]["state"] == states[1]["state"]
+
+
+@pytest.mark.parametrize(("micro_batch_size", "dtype"), [(6, torch.bfloat16), (3, torch.float32)])
+def test_gradients_are_in_fp32_where_several_add_up(
+    overrides: Overrides, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int, dtype: torch.dtype
+) -> None:
+    seen: set[torch.dtype] = set()
+    norm = adamw.total_norm
+
+    def spy(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        gradients = list(gradients)
+        seen.update(gradient.dtype for gradient in gradients)
+        return norm(gradients)
+
+    monkeypatch.setattr(adamw, "total_norm", spy)
+    words = {"model__dtype": "bfloat16", "train__micro_batch_size": micro_batch_size, "train__max_steps": 2}
+    run(overrides(**words))
+    assert seen == {dtype}
 
 
 def test_a_checkpoint_of_another_format_is_refused(overrides: Overrides, tmp_path: Path) -> None:
