@@ -65,6 +65,9 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        for name, values in (("masters", ("exact", "stochastic")), ("moments", ("float32", "bfloat16"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)} must be {' or '.join(values)}")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

@@ -185,8 +185,9 @@ def test_schedule(schedule: str, middle: float, end: float) -> None:
     [
         *(("lr", 0.0), ("lr", float("nan")), ("beta1", 1.0), ("beta2", -0.1), ("eps", -1e-8)),
         *(("warmup_steps", -1), ("min_lr_ratio", 1.5), ("max_grad_norm", 0.0), ("weight_decay", -1.0)),
+        *(("masters", "none"), ("moments", "float16")),
     ],
 )
-def test_a_bad_value_is_refused_by_name(field: str, value: float) -> None:
+def test_a_bad_value_is_refused_by_name(field: str, value: float | str) -> None:
     with pytest.raises(ValueError, match=rf"^{field}={value}"):
         OptimConfig(**{field: value})
