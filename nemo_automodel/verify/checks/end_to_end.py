@@ -103,26 +103,32 @@ def cached_decoding(subject: Subject) -> Outcome:
 
 
 def greedy_tokens(subject: Subject) -> Outcome:
-    """``generate`` gives the reference's tokens, from prompts of unequal length."""
-    models = (subject.reference(), subject.ours())
-    if not all(hasattr(model, "generate") for model in models):
+    """``generate`` gives the reference's tokens, from prompts of unequal length, and on past the original context."""
+    reference, ours = subject.reference(), subject.ours()
+    if not all(hasattr(model, "generate") for model in (reference, ours)):
         raise NotApplicable("the class has no generate(): inherit transformers' GenerationMixin for it")
-    count = 0
-    for length in (9, LENGTH):  # the second goes on past the original context of scaled RoPE
-        ids = subject.tokens(length=length)
-        mask = torch.ones_like(ids)
-        mask[0, :4] = 0
-        outputs = []
-        for model in models:
-            model.generation_config.pad_token_id = 0
-            tokens = model.generate(
-                ids, attention_mask=mask, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False
-            )
-            outputs.append(tokens[:, length:])
-        if wrong := (outputs[0] != outputs[1]).any(0).nonzero().flatten().tolist():
-            return Outcome(False, f"after {length} tokens, generated ones part at number {wrong[0] + 1} of {GENERATED}")
-        count += outputs[0].numel()
-    return Outcome(True, f"{count} greedy tokens equal the reference's")
+    count, beside = 0, ""
+    for length in (9, LENGTH):
+        actual, expected = (
+            _generated(ours, subject.tokens(length=length)),
+            _generated(reference, subject.tokens(length=length)),
+        )
+        if wrong := (actual != expected).any(0).nonzero().flatten().tolist():
+            # transformers 5.17 loses Phi-3's context where it makes the cache again
+            if not torch.equal(actual, _generated(reference, subject.tokens(length=length), use_cache=False)):
+                return Outcome(False, f"after {length} tokens, new ones part at number {wrong[0] + 1} of {GENERATED}")
+            beside = " without its cache, with which it gives others"
+        count += actual.numel()
+    return Outcome(True, f"{count} greedy tokens equal the reference's{beside}")
+
+
+def _generated(model: Any, ids: Tensor, use_cache: bool = True) -> Tensor:
+    """What comes after ``ids``, the first row of which begins with padding."""
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    model.generation_config.pad_token_id = 0
+    options = {"max_new_tokens": GENERATED, "min_new_tokens": GENERATED, "do_sample": False, "use_cache": use_cache}
+    return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
 
 
 def padding(subject: Subject) -> Outcome:

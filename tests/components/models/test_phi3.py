@@ -51,7 +51,8 @@ def test_generation_across_the_length_where_longrope_changes() -> None:
     theirs, ours = twins(Phi3ForCausalLM, config)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "output_logits": True}
     options |= {"return_dict_in_generate": True}
-    made, expected = (model.generate(tokens(1, 8), **options) for model in (ours, theirs))
+    made = ours.generate(tokens(1, 8), **options)
+    expected = theirs.generate(tokens(1, 8), use_cache=False, **options)  # with it, transformers 5.17 loses the context
     assert made.sequences.tolist() == expected.sequences.tolist()
     for step, logits in enumerate(expected.logits):
         assert_near(made.logits[step], logits, what=f"step {step}")
