@@ -14,6 +14,7 @@ from typing import Any
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.onboard.config_fields import ALTERNATIVES
 from nemo_automodel.onboard.describe import Family
+from nemo_automodel.onboard.families import row
 from nemo_automodel.onboard.observe import FIXED, UNSEEN
 from nemo_automodel.onboard.words import differences, sentence, todo
 
@@ -103,11 +104,8 @@ def registry_entries(family: Family, name: str) -> str:
 
 
 def docs_row(family: Family, like: Family, name: str) -> str:
-    """The family's line of the table in ``docs/models.md``."""
-    heads = ", ".join(f"`{head}`" for head in _heads(family))
-    limits = "; ".join(family.by_hand()) or "none known"
-    link = f"[{name}](../{_MODELS.replace('.', '/')}/{name}/model.py)"
-    return f"| {link} | {heads} | {sentence(family, like)} | {limits} |\n"
+    """The family's line of the table in ``docs/models.md``, until ``onboard.families`` writes it from the code."""
+    return row(name, _heads(family), sentence(family, like), limits="; ".join(family.by_hand()) or "none known") + "\n"
 
 
 _ADAPTER_CLASS = "CombinedProjectionStateDictAdapter"

@@ -1,6 +1,7 @@
 """``automodel new``: what it finds out, writes and refuses, and that it stays in step with the families."""
 
 import json
+import re
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from nemo_automodel.onboard.describe import Family, describe
 from nemo_automodel.onboard.new import entries, read_config
 from nemo_automodel.onboard.render import in_repository, stand_alone
 from nemo_automodel.onboard.words import account, sentence
-from nemo_automodel.onboard.write import insert, write
+from nemo_automodel.onboard.write import Entry, insert, write
 from nemo_automodel.recipes.train import TrainConfig
 from nemo_automodel.verify import assert_verified
 
@@ -63,7 +64,13 @@ def test_the_families_are_what_it_writes(name: str) -> None:
     for path, text in in_repository(family(name), family("llama"), name).items():
         assert (ROOT / path).read_text() == text, path
     for entry in entries(family(name), family("llama"), name):
-        assert entry.text in (ROOT / entry.path).read_text(), entry.path
+        assert entry.text in holding(entry), entry.path
+
+
+def holding(entry: Entry) -> str:
+    """The entry's file with the entry as it goes in: `onboard.families` makes rows of the guide anew."""
+    text = (ROOT / entry.path).read_text()
+    return re.sub(rf"\|[^\n]*{entry.present}[^\n]*\n", entry.text, text) if entry.path.suffix == ".md" else text
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -77,7 +84,7 @@ def test_it_writes_what_was_written_by_hand_before(name: str) -> None:
 
 def test_entries_go_in_once_and_in_their_place(tmp_path: Path) -> None:
     for entry in entries(family("mistral"), family("llama"), "mistral"):
-        whole = (ROOT / entry.path).read_text()
+        whole = holding(entry)
         file = tmp_path / entry.path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(whole.replace(entry.text, ""))
@@ -303,7 +310,7 @@ def test_the_registry_gets_an_implementation_once_it_verifies(
     tiny_qwen3: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     added = entries(family("qwen3"), family("llama"), "qwen3")
-    before = {tmp_path / "checkout" / e.path: (ROOT / e.path).read_text().replace(e.text, "") for e in added}
+    before = {tmp_path / "checkout" / e.path: holding(e).replace(e.text, "") for e in added}
     for file, text in before.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
