@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import fully_shard_layers
-from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of
+from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
     Where ``resumed`` will bring all weights, none are read here.
     """
     options, several = config.model, Together().size > 1
+    if config.lora is not None and config.lora.base_dtype == "float8":
+        _check_float8(device, several)
 
     def prepare(model: Any) -> None:
         if config.lora is not None:
@@ -73,6 +75,18 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
         model = NeMoAutoModelForCausalLM.from_pretrained(options.path, device=device, prepare=prepare, **common)
         if config.lora is not None:
             init_adapters(model)
-    if not several and config.lora is not None and options.backend.kernels == "auto":
+    if config.lora is not None and config.lora.base_dtype == "float8":
+        quantize_base(model)
+    elif not several and config.lora is not None and options.backend.kernels == "auto":
         join_adapters(model)
     return model.train()
+
+
+def _check_float8(device: torch.device, several: bool) -> None:
+    if several:
+        raise ValueError("lora.base_dtype=float8 trains on one process; on several leave it at auto")
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ValueError(
+            f"lora.base_dtype=float8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); this one has "
+            f"{capability[0]}.{capability[1]}. Leave it at auto"
+        )

@@ -48,6 +48,10 @@ def export_trained(
             save_adapter(model, folder, config.lora, config.model.path, writes=together.leads)
 
         adapter = publish_folder(config.output_dir / "adapter", write_adapter, together=together)
+        if config.lora.base_dtype == "float8":  # what was rounded for training must not reach the export
+            model = NeMoAutoModelForCausalLM.from_pretrained(
+                config.model.path, adapter=adapter, dtype=model.dtype, device="cpu"
+            )
         merge_lora(model)
 
     def write(folder: Path) -> None:

@@ -107,8 +107,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert "lm_head.weight" not in actual  # tied: one storage through save, resume and export
 
 
-def test_lora_exports_what_peft_and_transformers_load(overrides: Overrides, checkpoint: Path) -> None:
-    summary = run(overrides(lora__targets="[q_proj, v_proj, down_proj]", lora__r=4, train__max_steps=4))
+@pytest.mark.parametrize("base_dtype", ["auto", "float8"])
+def test_lora_exports_what_peft_and_transformers_load(base_dtype: str, overrides: Overrides, checkpoint: Path) -> None:
+    lora = {"lora__targets": "[q_proj, v_proj, down_proj]", "lora__r": 4, "lora__base_dtype": base_dtype}
+    summary = run(overrides(train__max_steps=4, **lora))
     assert summary.adapter_folder is not None
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     ids = torch.arange(3, 40)[None]

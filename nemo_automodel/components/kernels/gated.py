@@ -93,7 +93,7 @@ def gated_backward_kernel(  # type: ignore[no-untyped-def]
         r = tl.arange(0, RANK)
         left = tl.load(LEFT + row * left_stride + r[None, :], mask=(row < count) & (r[None, :] < rank), other=0.0)
         right = tl.load(RIGHT + r[:, None] * right_stride + cols, mask=(r[:, None] < rank) & (cols < width), other=0.0)
-        if WIDE:
+        if WIDE:  # interpreted, where bit patterns would be multiplied
             left, right = left.to(tl.float32), right.to(tl.float32)
         grad += tl.dot(left, right, input_precision="ieee")
     gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
@@ -142,11 +142,10 @@ def gated_backward(
     if grad.numel():
         wrapped(gated_backward_kernel)[(-(-count // tile) * -(-width // block),)](
             grad, gate_up, grad_gate_up, grad_gate_up if out is None else out, grad if left is None else left,
-            grad if right is None else right, count, width, 0 if right is None else right.shape[0], grad.stride(0),
-            gate_up.stride(0), 0 if out is None else out.stride(0), 0 if left is None else left.stride(0),
-            0 if right is None else right.stride(0),
-            KIND=activation, WITH_OUT=out is not None, RANK=rank, ROWS=tile, BLOCK=block, num_warps=TILE_WARPS if rank else 4,
-            WIDE=INTERPRETED,  # the interpreter multiplies bf16's bit patterns
+            grad if right is None else right, count, width, 0 if right is None else right.shape[0],
+            *(0 if x is None else x.stride(0) for x in (grad, gate_up, out, left, right)),
+            KIND=activation, WITH_OUT=out is not None, RANK=rank, ROWS=tile, BLOCK=block, WIDE=INTERPRETED,
+            num_warps=TILE_WARPS if rank else 4,
         )  # fmt: skip
     return grad_gate_up
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.add_norm import add_norm_forward
+from nemo_automodel.components.kernels.float8 import product, quantized, transposed
 from nemo_automodel.components.kernels.gated import ACTIVATIONS, gated, gated_backward, gated_forward
 from nemo_automodel.components.kernels.launch import rows, runs_on
 
@@ -59,6 +60,10 @@ class LowRank(Protocol):
     @property
     def joined(self) -> Tensor | None:
         """``[W | B]``, ``[out, in + r]``, of whose first columns the layer's weight is a view; None: not joined."""
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Of the rows of a weight in float8, fp32 ``[out, 1]``; None: the weight is in the input's dtype."""
 
     def stacked(self, parameters: Sequence[Tensor]) -> Tensor:
         """All A, ``[r, in]``."""
@@ -104,20 +109,21 @@ def linear(
     normed = getattr(x, Normed.MARK, None)
     if low_rank is None and ((not isinstance(x, Gated) and normed is None) or not can_run(x, weight, bias)):
         return F.linear(x.made() if isinstance(x, Gated) else x, weight, bias)
-    if isinstance(x, Gated):
-        source, recipe = x.gate_up, ACTIVATIONS[x.activation]
-    else:
-        source, recipe = x, normed
+    source: Tensor = x.gate_up if isinstance(x, Gated) else x
+    recipe: int | Normed | None = ACTIVATIONS[x.activation] if isinstance(x, Gated) else normed
     return _Linear.apply(source, recipe, weight, bias, low_rank, *parameters)
 
 
-def can_run(x: "Tensor | Gated", *others: Tensor | None) -> bool:
-    """Whether kernels take the input and the ``others``, all of one dtype, outside autocast and compilation."""
+def can_run(x: "Tensor | Gated", *others: Tensor | None, anywhere: bool = False) -> bool:
+    """Whether kernels take the input and the ``others``, all of one dtype, outside autocast and compilation.
+
+    ``anywhere``: also where no kernel runs, and the references serve.
+    """
     source = x.gate_up if isinstance(x, Gated) else x
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(source.device.type):
         return False
     there = [tensor for tensor in (source, *others) if tensor is not None]
-    return runs_on(*there) and len({tensor.dtype for tensor in there}) == 1
+    return (anywhere or runs_on(*there)) and len({tensor.dtype for tensor in there}) == 1
 
 
 class _Linear(torch.autograd.Function):
@@ -134,22 +140,23 @@ class _Linear(torch.autograd.Function):
         x: Tensor = rows(source)
         t: Tensor | None = None
         width = weight.shape[1]
-        room = low_rank.rank if low_rank is not None and low_rank.joined is not None else 0
+        joined = None if low_rank is None else low_rank.joined
+        room = 0 if low_rank is None or joined is None else low_rank.rank
         if isinstance(recipe, int):
             x = x.new_empty(x.shape[0], width + room)[:, :width]
             gated_forward(rows(source), x, recipe)
         if low_rank is None:
             y = F.linear(x, weight, bias)
         else:
-            a, b = low_rank.stacked(parameters), _written(low_rank, weight, parameters)
-            if room and (isinstance(recipe, int) or (isinstance(recipe, Normed) and recipe.room >= room)):
+            a, b = low_rank.stacked(parameters), _written(low_rank, x, weight, parameters)
+            if joined is not None and (isinstance(recipe, int) or (isinstance(recipe, Normed) and recipe.room >= room)):
                 whole = x.as_strided((x.shape[0], width + room), x.stride())
                 torch.mm(x, a.t(), out=whole[:, width:])
                 t = whole[:, width:].contiguous()
-                y = F.linear(whole, low_rank.joined, bias)
+                y = F.linear(whole, joined, bias)
             else:
                 t = x @ a.t()
-                y = F.linear(x, weight, bias).addmm_(t, b.t())
+                y = _base(x, weight, bias, low_rank.scale).addmm_(t, b.t())
         normed = recipe if isinstance(recipe, Normed) else None
         # the parameters only so that autograd sees it if a step changes them before the backward pass
         ctx.save_for_backward(
@@ -183,7 +190,8 @@ class _Linear(torch.autograd.Function):
                 both = grad @ low_rank.joined
                 grad_x, grad_t = both[:, :width], both[:, width:].contiguous()
             else:
-                grad_x, grad_t = grad @ weight, grad @ _written(low_rank, weight, parameters)
+                grad_x = _base_gradient(grad, weight, low_rank.scale)
+                grad_t = grad @ _written(low_rank, grad, weight, parameters)
         elif with_source:
             grad_x = grad @ weight
 
@@ -221,10 +229,25 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _written(low_rank: LowRank, weight: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """``x W^T + bias``; with ``scale`` the weight is in float8, and so are the product's operands."""
+    if scale is None:
+        return F.linear(x, weight, bias)
+    y = product(*quantized(x), weight, scale, x.dtype)
+    return y if bias is None else y.add_(bias)
+
+
+def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """``grad W``."""
+    if scale is None:
+        return grad @ weight
+    return product(*quantized(grad, scale.squeeze(1)), transposed(weight), None, grad.dtype)
+
+
+def _written(low_rank: LowRank, like: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """All B ``[out, r]``: beside the weight where the two are joined, else by themselves."""
     if low_rank.joined is None:
-        b = weight.new_zeros(weight.shape[0], low_rank.rank)
+        b = like.new_zeros(weight.shape[0], low_rank.rank)
     else:
         b = low_rank.joined[:, weight.shape[1] :]
     low_rank.write(parameters, b)

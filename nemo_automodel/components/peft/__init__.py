@@ -4,7 +4,7 @@ from nemo_automodel.components.peft.adapter import PeftAdapter
 from nemo_automodel.components.peft.config import LoRAConfig
 from nemo_automodel.components.peft.files import adapter_tensors, layout_of, load_adapter_tensors, save_adapter
 from nemo_automodel.components.peft.lora import LoRALinear
-from nemo_automodel.components.peft.model import apply_lora, init_adapters, join_adapters, merge_lora
+from nemo_automodel.components.peft.model import apply_lora, init_adapters, join_adapters, merge_lora, quantize_base
 
 __all__ = [
     "LoRAConfig",
@@ -17,5 +17,6 @@ __all__ = [
     "layout_of",
     "load_adapter_tensors",
     "merge_lora",
+    "quantize_base",
     "save_adapter",
 ]

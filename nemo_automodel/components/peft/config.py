@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value")
@@ -56,7 +56,19 @@ class LoRAConfig:
         default_factory=dict, metadata={"help": "alphas other than alpha, as rank_pattern"}
     )
 
+    base_dtype: Literal["auto", "float8"] = field(
+        default="auto",
+        metadata={
+            "help": "of the frozen weights under the adapters; float8: half the memory, products twice as fast on GPUs "
+            "that have it (compute capability 8.9 and up); the trained adapter is folded into the original weights"
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.base_dtype not in ("auto", "float8"):
+            raise ValueError(f"base_dtype={self.base_dtype!r} is not one of 'auto', 'float8'")
+        if self.base_dtype == "float8" and (self.dora or self.share_a or self.dropout):
+            raise ValueError("base_dtype=float8 goes with plain LoRA: without dora, share_a and dropout")
         for name, rank in {"r": self.r, **{f"rank_pattern.{key}": r for key, r in self.rank_pattern.items()}}.items():
             if rank < 1:
                 raise ValueError(f"{name}={rank} must be at least 1")

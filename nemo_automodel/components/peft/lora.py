@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemo_automodel.components.kernels.float8 import quantized_reference
 from nemo_automodel.components.kernels.launch import runs_on
 from nemo_automodel.components.kernels.linear import Gated, can_run, linear
 from nemo_automodel.components.layout import Fusion
@@ -42,6 +43,7 @@ class LoRALinear(nn.Linear):
         lora_magnitude: with DoRA, part name -> ``[rows of the part]``; else empty.
 
         joined: ``[W | B]``, ``[out_features, in_features + r]``, once `join` made it; ``weight`` is then a view of it.
+        scale: of the rows of ``weight``, fp32 ``[out_features, 1]``, once `quantize` put it in float8.
 
     Raises:
         ValueError: ``share_a`` with parts of unequal rank.
@@ -49,6 +51,7 @@ class LoRALinear(nn.Linear):
 
     takes_gated = True
     joined: Tensor | None = None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class LoRALinear(nn.Linear):
     ):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
+        self.register_buffer("scale", None, persistent=False)
         self.fusion = fusion
         self.parts = fusion.parts if fusion else (name,)
         self.updates = {part: updates[part] for part in self.parts if part in updates}
@@ -97,6 +101,11 @@ class LoRALinear(nn.Linear):
             return linear(x, self.weight, self.bias, self, [*self.lora_A.values(), *self.lora_B.values()])
         if isinstance(x, Gated):
             x = x.made()
+        if self.scale is not None:
+            raise ValueError(
+                f"a weight in float8 takes inputs and adapters in one dtype, outside autocast; got {x.dtype}, "
+                f"adapters {next(iter(self.lora_A.values())).dtype}"
+            )
         a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B))
         dropped = self.dropout(x)
         if not self.dora:
@@ -113,6 +122,8 @@ class LoRALinear(nn.Linear):
     def _fuses(self, x: Tensor | Gated) -> bool:
         """Whether the kernels compute this layer, whose gradients are then those of plain LoRA."""
         adapters = (*self.lora_A.values(), *self.lora_B.values())
+        if self.scale is not None:
+            return can_run(x, self.bias, *adapters, anywhere=True)
         return self._plain and not self.weight.requires_grad and can_run(x, self.weight, self.bias, *adapters)
 
     @property
@@ -121,7 +132,12 @@ class LoRALinear(nn.Linear):
 
     def can_join(self) -> bool:
         """Whether `join` would serve: the kernels compute this layer, and rows stay where 16 bytes are read at once."""
-        return self._plain and runs_on(self.weight) and self.rank * self.weight.element_size() % 16 == 0
+        return (
+            self._plain
+            and self.scale is None
+            and runs_on(self.weight)
+            and self.rank * self.weight.element_size() % 16 == 0
+        )
 
     @torch.no_grad()
     def join(self) -> None:
@@ -133,6 +149,19 @@ class LoRALinear(nn.Linear):
         joined[:, : self.in_features] = self.weight
         self.weight.data = joined[:, : self.in_features]
         self.joined = joined
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Keep the weight in float8, half as large and twice as fast where the hardware has it, for good.
+
+        Raises:
+            ValueError: DoRA, a shared A or dropout, which need the weight as it was.
+        """
+        if not self._plain:
+            raise ValueError("lora.base_dtype=float8 goes with plain LoRA: without dora, share_a and dropout")
+        rows, scale = quantized_reference(self.weight)
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.scale = scale
 
     def separate(self) -> None:
         """Undo `join`."""
@@ -179,6 +208,11 @@ class LoRALinear(nn.Linear):
 
     def merged_weight(self) -> Tensor:
         """The weight that gives the adapted output: ``[out_features, in_features]``, fp32, whole on every rank."""
+        if self.scale is not None:
+            raise ValueError(
+                "the weights under these adapters were rounded to float8 (lora.base_dtype); fold the saved adapter "
+                "into the original checkpoint instead: automodel merge"
+            )
         names = list(self.lora_A)
         a, b = _factors(
             self,

@@ -90,6 +90,16 @@ def init_adapters(model: nn.Module) -> None:
                     fill(layer.lora_magnitude[part], norm)
 
 
+def quantize_base(model: nn.Module) -> None:
+    """Keep the weights under all adapters in float8; see `LoRALinear.quantize`.
+
+    Raises:
+        ValueError: adapters that need the weights as they were.
+    """
+    for _, layer in lora_layers(model):
+        layer.quantize()
+
+
 def join_adapters(model: nn.Module) -> None:
     """Let the kernels compute every adapter inside its layer's own product; for whole weights on one GPU."""
     for _, layer in lora_layers(model):
