@@ -1,10 +1,12 @@
 """Hunyuan equals transformers' class."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import HunYuanDenseV1Config, HunYuanDenseV1ForSequenceClassification
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 
 from nemo_automodel.verify import assert_verified
 from tests.conftest import assert_near, tiny, tokens, twins
@@ -31,7 +33,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_transformers(name: str, tmp_path: Path) -> None:
     HunYuanDenseV1Config(num_hidden_layers=2, **CONFIGS[name]).save_pretrained(tmp_path)
-    assert_verified("HunYuanDenseV1ForCausalLM", config=tmp_path)
+    try:
+        assert_verified("HunYuanDenseV1ForCausalLM", config=tmp_path)
+    except AssertionError as failures:
+        if hasattr(HunYuanDenseV1RotaryEmbedding, "compute_ntk_alpha_rope_parameters"):
+            raise
+        # transformers 5.17 forgets alpha past max_position_embeddings, and no other check may fail
+        assert re.fullmatch("end to end, long inputs: .*", str(failures))
 
 
 def test_classifier() -> None:
