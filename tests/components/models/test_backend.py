@@ -22,18 +22,21 @@ from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.llama import LlamaForCausalLM
 from tests.conftest import tiny
 
-DEFAULTS = {"attn": "sdpa", "linear": "torch", "rms_norm": "torch", "rope_fusion": False}
+DEFAULTS = {"attn": "sdpa", "linear": "torch", "rms_norm": "torch", "rope_fusion": False, "kernels": "auto"}
+TE = ("attn", "linear", "rms_norm", "rope_fusion")
 BAD = {
     "attn": ("flash", "SDPA", None, True),
     "linear": ("fp8", "", 1),
     "rms_norm": ("torch_bf16", None, ["torch"]),
     "rope_fusion": ("yes", 1, 0, None),
+    "kernels": ("triton", None, True),
 }
 
 
 def test_defaults_and_every_good_value():
     assert asdict(BackendConfig()) == DEFAULTS
-    for field, value in (("attn", "flex"), ("rms_norm", "torch_fp32")):
+    good = [("attn", "flex"), ("attn", "varlen"), ("attn", "auto"), ("rms_norm", "torch_fp32"), ("kernels", "torch")]
+    for field, value in good:
         assert asdict(BackendConfig(**{field: value})) == DEFAULTS | {field: value}
     with pytest.raises(TypeError, match="positional"):
         BackendConfig("sdpa")
@@ -46,7 +49,7 @@ def test_bad_values_are_refused_by_field_name(field, value):
             build()
 
 
-@pytest.mark.parametrize("field", DEFAULTS)
+@pytest.mark.parametrize("field", TE)
 def test_transformer_engine_missing(field, monkeypatch):
     monkeypatch.setattr(backend_module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=rf"backend\.{field}=.*needs Transformer Engine.*pip install .*transformer_e"):
@@ -66,7 +69,7 @@ def test_from_dict_none_and_other_types():
     assert BackendConfig.of(backend) is backend
     assert BackendConfig.of(None) == BackendConfig()
     assert BackendConfig.of({"attn": "flex"}) == backend
-    with pytest.raises(ValueError, match=r"backend\.atn is not a field of BackendConfig: attn, linear"):
+    with pytest.raises(ValueError, match=r"backend\.atn is not a field of BackendConfig: attn, kernels, linear"):
         BackendConfig.of({"atn": "flex"})
     with pytest.raises(TypeError, match="not str"):
         BackendConfig.of("sdpa")
@@ -82,6 +85,11 @@ def test_from_dict_none_and_other_types():
         ("eager", {"attn": "flex"}, "sdpa", "sdpa"),
         ("sdpa", {"attn": "flex"}, "eager", "eager"),
         (None, {}, "flex_attention", "flex_attention"),
+        (None, {"attn": "auto"}, None, "sdpa"),
+        ("eager", {"attn": "auto"}, None, "eager"),
+        (None, {"attn": "varlen"}, None, "varlen"),
+        ("varlen", {}, "eager", "eager"),
+        (None, {}, "varlen", "varlen"),
     ],
 )
 def test_who_decides_on_attention(configured, backend, argument, expected, tmp_path):

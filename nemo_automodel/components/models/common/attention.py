@@ -24,6 +24,7 @@ from nemo_automodel.components.models.common.combined_projection.combined_qkv im
 )
 from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb, query_growth
 from nemo_automodel.components.models.common.spec import DecoderSpec
+from nemo_automodel.components.models.common.varlen import VARLEN, gap, refuse
 
 
 def eager_attention_forward(
@@ -107,6 +108,8 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         self.turns = spec.rope.turns(layer_idx)
         self.qk_norm = spec.qk_norm
         self.qk_norm_after_rope = spec.qk_norm_after_rope
+        if config._attn_implementation == VARLEN:
+            refuse(gap(self))
 
         self.setup_qkv_projection(config.hidden_size, heads, kv_heads, self.head_dim, bias=spec.qkv_bias)
         self.o_proj = Linear(heads * self.head_dim, config.hidden_size, bias=spec.o_bias)

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
+from nemo_automodel.components.models.common.varlen import VARLEN
 
 _TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "attn": ("sdpa", "te", "flex"),
+    "attn": ("sdpa", "te", "flex", "varlen", "auto"),
     "linear": ("torch", "te"),
     "rms_norm": ("torch", "torch_fp32", "te"),
     "rope_fusion": (False, True),
     "kernels": ("auto", "torch"),
 }
 
-ATTN_IMPLEMENTATION = {"sdpa": "sdpa", "flex": "flex_attention"}
+ATTN_IMPLEMENTATION = {"sdpa": "sdpa", "flex": "flex_attention", "varlen": VARLEN}
 """`BackendConfig.attn` -> transformers' name of the attention implementation."""
 
 
@@ -29,8 +30,11 @@ class BackendConfig:
     """Which implementation a model uses, field by field.
 
     Attributes:
-        attn: attention, ``"sdpa"`` (torch), ``"flex"`` (torch flex attention) or ``"te"`` (Transformer Engine).
-            An ``attn_implementation`` given to ``from_pretrained`` decides before this field does.
+        attn: attention, ``"sdpa"`` (torch), ``"flex"`` (torch flex attention), ``"varlen"`` (torch's, for packed
+            documents, without a mask: CUDA, half precision, no cache) or ``"te"`` (Transformer Engine). ``"auto"`` is
+            ``"sdpa"`` until who builds the model knows its data: `automodel train`, which has it for a default, takes
+            varlen for packed documents where that runs. An ``attn_implementation`` given to ``from_pretrained``
+            decides before this field does.
         linear: what `initialize_linear_module` builds, ``"torch"`` or ``"te"``.
         rms_norm: what `initialize_rms_norm_module` builds: ``"torch"`` (statistics in fp32, one cast at the end),
             ``"torch_fp32"`` (the weight, too, is multiplied in fp32) or ``"te"``.
@@ -43,7 +47,9 @@ class BackendConfig:
         ImportError: the chosen backend's package is not installed; the message has the install line.
     """
 
-    attn: Literal["sdpa", "te", "flex"] = field(default="sdpa", metadata={"help": "attention"})
+    attn: Literal["sdpa", "te", "flex", "varlen", "auto"] = field(
+        default="sdpa", metadata={"help": "attention; auto: varlen for packed documents on CUDA in bfloat16, else sdpa"}
+    )
     linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
     rms_norm: Literal["torch", "torch_fp32", "te"] = field(default="torch", metadata={"help": "RMSNorm"})
     rope_fusion: bool = field(default=False, metadata={"help": "fused RoPE kernel"})
@@ -67,7 +73,7 @@ class BackendConfig:
         if self.attn == "te" or self.rope_fusion:
             raise ValueError(
                 f"{wants_te[0]}: Transformer Engine's attention and RoPE are not wired in this version; "
-                "use backend.attn='sdpa' or 'flex', and backend.rope_fusion=False"
+                "use backend.attn='sdpa', 'flex' or 'varlen', and backend.rope_fusion=False"
             )
 
     @classmethod
@@ -92,8 +98,8 @@ class BackendConfig:
     def apply_to(self, config: Any, attn_implementation: str | None = None) -> Self:
         """Write the attention implementation into a transformers config.
 
-        The default ``attn`` writes nothing: what the config names stays, and where it names none transformers takes
-        sdpa for the classes that have it.
+        ``"sdpa"`` and ``"auto"`` write nothing: what the config names stays, and where it names none transformers
+        takes sdpa for the classes that have it.
 
         Args:
             config: a ``PreTrainedConfig``; changed in place.
@@ -104,8 +110,9 @@ class BackendConfig:
         """
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
-            return replace(self, attn="flex" if attn_implementation == ATTN_IMPLEMENTATION["flex"] else "sdpa")
-        if self.attn != "sdpa":
+            named: dict[str, Any] = {name: attn for attn, name in ATTN_IMPLEMENTATION.items()}
+            return replace(self, attn=named.get(attn_implementation, "sdpa"))
+        if self.attn not in ("sdpa", "auto"):
             config._attn_implementation = ATTN_IMPLEMENTATION[self.attn]
         return self
 

@@ -32,6 +32,7 @@ from nemo_automodel.components.models.common.norm import LayerNorm, RMSNorm
 from nemo_automodel.components.models.common.rope import RotaryEmbeddings, rotary_embedding
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.components.models.common.tp_plan import layers_plan_of
+from nemo_automodel.components.models.common.varlen import VARLEN, Documents, documents_of_batch
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Layer type -> the function of transformers that makes its attention mask (and finds packed documents)."""
@@ -208,7 +209,8 @@ class DecoderModel(DecoderPreTrainedModel):
             **kwargs: for the attention implementation, and ``output_hidden_states`` and the like.
 
         Raises:
-            ValueError: both or none of ``input_ids`` and ``inputs_embeds``; packed documents with a mask.
+            ValueError: both or none of ``input_ids`` and ``inputs_embeds``; packed documents with a mask; what varlen
+                attention does not have.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -216,7 +218,9 @@ class DecoderModel(DecoderPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             _refuse_packed_with_mask(position_ids, attention_mask)
-        cached = past_key_values
+        cached, documents = past_key_values, None
+        if self.config._attn_implementation == VARLEN:
+            documents = documents_of_batch(inputs_embeds, attention_mask, position_ids, cached is not None, kwargs)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -224,7 +228,7 @@ class DecoderModel(DecoderPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
 
         # transformers looks for packed documents only where it is given no cache; one made just now is empty
-        masks = self._masks(inputs_embeds, attention_mask, cached, position_ids)
+        masks = self._masks(inputs_embeds, attention_mask if documents is None else documents, cached, position_ids)
         hidden_states = self._first_hidden_states(inputs_embeds)
         position_embeddings = self._position_embeddings(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.spec.layer_types, strict=True):
@@ -258,13 +262,15 @@ class DecoderModel(DecoderPreTrainedModel):
     def _masks(
         self,
         inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None,
+        attention_mask: Tensor | dict[str, Tensor] | Documents | None,
         past_key_values: Cache | None,
         position_ids: Tensor,
     ) -> dict[str, Any]:
         """The mask of each layer type, in the form that the attention implementation in use takes."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        if isinstance(attention_mask, Documents):
+            return dict.fromkeys(self.spec.layer_types, attention_mask)
         return {
             layer_type: MASKS[layer_type](
                 config=self.config,
