@@ -17,7 +17,7 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 """Those the kernels have, by transformers' names."""
 
 BLOCK = 1024
-TILE, TILE_WARPS = (32, 64), 4
+TILE, TILE_WARPS = (16, 128), 4
 """Rows and pairs of the backward kernel's programs where it takes a product on its way (16 rows are the least)."""
 
 

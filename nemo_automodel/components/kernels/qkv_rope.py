@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.launch import jit, power_of_two, runs_on, tl, wrapped
 
-TOKENS, WARPS = 16, 2
+TOKENS, WARPS = 4, 1
 """Tokens per program, of one head."""
 
 

@@ -218,7 +218,7 @@ class DecoderModel(DecoderPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             _refuse_packed_with_mask(position_ids, attention_mask)
-        cached, documents = past_key_values, None
+        cached, documents, packed = past_key_values, None, position_ids
         if self.config._attn_implementation == VARLEN:
             documents = documents_of_batch(inputs_embeds, attention_mask, position_ids, cached is not None, kwargs)
         if use_cache and past_key_values is None:
@@ -227,8 +227,9 @@ class DecoderModel(DecoderPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
 
-        # transformers looks for packed documents only where it is given no cache; one made just now is empty
-        masks = self._masks(inputs_embeds, attention_mask if documents is None else documents, cached, position_ids)
+        # transformers looks for packed documents only where it is given no cache; one made just now is empty. Positions
+        # made just now have none, and looking would make the host wait for the device
+        masks = self._masks(inputs_embeds, attention_mask if documents is None else documents, cached, packed)
         hidden_states = self._first_hidden_states(inputs_embeds)
         position_embeddings = self._position_embeddings(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.spec.layer_types, strict=True):
@@ -264,7 +265,7 @@ class DecoderModel(DecoderPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | dict[str, Tensor] | Documents | None,
         past_key_values: Cache | None,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
     ) -> dict[str, Any]:
         """The mask of each layer type, in the form that the attention implementation in use takes."""
         if isinstance(attention_mask, dict):
