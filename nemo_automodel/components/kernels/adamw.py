@@ -9,7 +9,8 @@ A bf16 parameter has 8 bits of mantissa, and an update below 1/512 of its value 
   of Philox (Salmon et al. 2011), a function of seed, parameter, step and element: the same again after a resumption.
 
 Moments in bf16 are rounded randomly too. To the nearest, a second moment would never fall: with beta2 = 0.999 a step
-takes 1/1000 off it, less than half of bf16's spacing.
+takes 1/1000 off it, less than half of bf16's spacing. One word of 32 bits serves an element, 16 for the parameter, 8
+for each moment (a share of the spacing to 1/512): drawing takes longer than moving the bytes.
 
 Kernel and reference do the same operations in the same order, each rounded once (no fused multiply-add), so that they
 agree bit for bit. The learning rate and all that derives from it are rounded to fp32 first, in both.
@@ -115,12 +116,12 @@ def adamw_reference(slots: Sequence[Slot], factor: Tensor, hyper: Hyper) -> None
             slot.parameter.copy_(high)
             slot.low.copy_(low)
         elif slot.parameter.dtype == torch.bfloat16:
-            slot.parameter.copy_(round_randomly(weight, draws(slot, hyper, 1)))
+            slot.parameter.copy_(round_randomly(weight, draws(slot, hyper)))
         else:
             slot.parameter.copy_(weight)
         if slot.exp_avg.dtype == torch.bfloat16:
-            bits = draws(slot, hyper, 0)
-            m, v = round_randomly(m, bits), round_randomly(v, bits >> 16)
+            bits = draws(slot, hyper)
+            m, v = round_randomly(m, eight(bits >> 16)), round_randomly(v, eight(bits >> 24))
         slot.exp_avg.copy_(m)
         slot.exp_avg_sq.copy_(v)
 
@@ -150,11 +151,16 @@ def round_randomly(values: Tensor, draws: Tensor) -> Tensor:
     return high.to(torch.int16).view(torch.bfloat16)
 
 
-def draws(slot: Slot, hyper: Hyper, call: int) -> Tensor:
-    """32 uniform bits for each element, as int64: call 0 is for the moments, 1 for the parameter."""
+def eight(draws: Tensor) -> Tensor:
+    """The low 8 bits as 16, in the middle of what 8 bits leave open."""
+    return (draws & 0xFF) << 8 | 0x80
+
+
+def draws(slot: Slot, hyper: Hyper) -> Tensor:
+    """32 uniform bits for each element, as int64."""
     blocks = -(-slot.parameter.numel() // BLOCK)
     group = torch.arange(blocks * LANE, device=slot.parameter.device)
-    words = _philox((group, slot.stream, slot.step, 2 * slot.shard + call), hyper.key())
+    words = _philox((group, slot.stream, slot.step, slot.shard), hyper.key())
     return (
         torch.stack([word.view(blocks, LANE) for word in words], dim=1)
         .flatten()[: slot.parameter.numel()]
@@ -181,7 +187,7 @@ def _fp32(value: float) -> Tensor:
 # --- the kernel. Half-precision tensors are read and written as int16: bf16 is the upper half of fp32's pattern.
 #
 # A row of TABLE: addresses of parameter, gradient, moments and low bits (0-4), elements (5), first block (6), seed (7),
-# stream (8), step (9), twice the shard (10). A row of SCALARS: `Hyper.scalars`. OWNERS: each block's row.
+# stream (8), step (9), shard (10). A row of SCALARS: `Hyper.scalars`. OWNERS: each block's row.
 _COLUMNS, _SCALARS = 11, 3
 
 
@@ -193,14 +199,14 @@ def launch(slots: Sequence[Slot], factor: Tensor, hyper: Hyper) -> None:
     rows = [
         [
             *(0 if tensor is None else tensor.data_ptr() for tensor in _tensors(slot)),
-            *(slot.parameter.numel(), start, hyper.key(), slot.stream, slot.step, 2 * slot.shard),
+            *(slot.parameter.numel(), start, hyper.key(), slot.stream, slot.step, slot.shard),
         ]
         for slot, start in zip(slots, starts, strict=False)
     ]
     table = _to(torch.tensor(rows, dtype=torch.int64), factor.device)
     scalars = _to(torch.tensor([hyper.scalars(slot) for slot in slots], dtype=torch.float32), factor.device)
     with torch.cuda.device(factor.device if factor.is_cuda else -1):
-        _kernel[(starts[-1],)](
+        adamw_kernel[(starts[-1],)](
             table,
             scalars,
             _owners(tuple(blocks), factor.device),
@@ -244,7 +250,7 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def adamw_kernel(  # type: ignore[no-untyped-def]
     TABLE,
     SCALARS,
     OWNERS,
@@ -281,22 +287,19 @@ def _kernel(  # type: ignore[no-untyped-def]
         group = ((at // 4).to(tl.uint32)) + tl.arange(0, LANE).to(tl.uint32)
         seed, stream, step = tl.load(row + 7), tl.load(row + 8).to(tl.uint32), tl.load(row + 9).to(tl.uint32)
         shard = tl.load(row + 10).to(tl.uint32)
-        a0, a1, a2, a3 = group, group, group, group
-        b0, b1, b2, b3 = group, group, group, group
-        if HALF_MOMENTS:
-            a0, a1, a2, a3 = tl.philox(seed, group, stream, step, shard)
-        if HALF and not LOW:
-            b0, b1, b2, b3 = tl.philox(seed, group, stream, step, shard + 1)
+        d0, d1, d2, d3 = group, group, group, group
+        if HALF_MOMENTS or (HALF and not LOW):
+            d0, d1, d2, d3 = tl.philox(seed, group, stream, step, shard)
         if left >= 4 * LANE:  # no mask: 16 bytes at a time
-            _lane(pointers, numbers, 0, left, a0, b0, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
-            _lane(pointers, numbers, 1, left, a1, b1, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
-            _lane(pointers, numbers, 2, left, a2, b2, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
-            _lane(pointers, numbers, 3, left, a3, b3, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
+            _lane(pointers, numbers, 0, left, d0, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
+            _lane(pointers, numbers, 1, left, d1, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
+            _lane(pointers, numbers, 2, left, d2, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
+            _lane(pointers, numbers, 3, left, d3, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, False, LANE)
         else:
-            _lane(pointers, numbers, 0, left, a0, b0, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
-            _lane(pointers, numbers, 1, left, a1, b1, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
-            _lane(pointers, numbers, 2, left, a2, b2, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
-            _lane(pointers, numbers, 3, left, a3, b3, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
+            _lane(pointers, numbers, 0, left, d0, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
+            _lane(pointers, numbers, 1, left, d1, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
+            _lane(pointers, numbers, 2, left, d2, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
+            _lane(pointers, numbers, 3, left, d3, HALF, LOW, HALF_GRADIENT, HALF_MOMENTS, True, LANE)
 
 
 @jit
@@ -306,7 +309,6 @@ def _lane(  # type: ignore[no-untyped-def]
     number: tl.constexpr,
     left,
     draws,
-    parameter_draws,
     HALF: tl.constexpr,
     LOW: tl.constexpr,
     HALF_GRADIENT: tl.constexpr,
@@ -333,9 +335,9 @@ def _lane(  # type: ignore[no-untyped-def]
         rest = tl.where(weight == weight, bits - (high << 16), 0)
         _write(pointers[4], at, left, rest.to(tl.int16), MASKED)
     else:
-        _store(pointers[0], at, left, weight, parameter_draws, HALF, MASKED)
-    _store(pointers[2], at, left, m, draws, HALF_MOMENTS, MASKED)
-    _store(pointers[3], at, left, v, draws >> 16, HALF_MOMENTS, MASKED)
+        _store(pointers[0], at, left, weight, draws, HALF, MASKED)
+    _store(pointers[2], at, left, m, (draws >> 8) & 0xFF00 | 0x80, HALF_MOMENTS, MASKED)
+    _store(pointers[3], at, left, v, (draws >> 16) & 0xFF00 | 0x80, HALF_MOMENTS, MASKED)
 
 
 @jit

@@ -113,12 +113,12 @@ def test_the_draws_are_philox() -> None:
 def test_no_two_draws_are_alike() -> None:
     one = slot(2 * BLOCK + 3)
     others = [Slot(**{**vars(one), **change}) for change in ({}, {"step": 4}, {"stream": 2}, {"shard": 1})]
-    words = [draws(other, HYPER, call) for other in others for call in (0, 1)]
-    words.append(draws(one, Hyper(**{**vars(HYPER), "seed": 6}), 0))
+    words = [draws(other, HYPER) for other in others]
+    words.append(draws(one, Hyper(**{**vars(HYPER), "seed": 6})))
     assert torch.cat(words).unique().numel() > 0.999 * sum(
         word.numel() for word in words
     )  # of 2^32: 1e5^2 / 2^33 pairs
-    assert torch.equal(draws(one, HYPER, 0), words[0])
+    assert torch.equal(draws(one, HYPER), words[0])
 
 
 def test_random_rounding_is_right_on_average() -> None:
@@ -126,11 +126,11 @@ def test_random_rounding_is_right_on_average() -> None:
     one = slot(n, exact=False)
     share = 0.3
     value = torch.full((n,), -1.0 - share * 2**-7)
-    up = (kernels.round_randomly(value, draws(one, HYPER, 1)) != -1.0).float()
-    assert set(kernels.round_randomly(value, draws(one, HYPER, 1)).tolist()) == {-1.0, -1.0 - 2**-7}
+    up = (kernels.round_randomly(value, draws(one, HYPER)) != -1.0).float()
+    assert set(kernels.round_randomly(value, draws(one, HYPER)).tolist()) == {-1.0, -1.0 - 2**-7}
     sigma = math.sqrt(share * (1 - share) / n)
     assert abs(up.mean().item() - share) < 5 * sigma + 2**-16  # the last: 16 bits of share
-    assert torch.equal(kernels.round_randomly(value.bfloat16().float(), draws(one, HYPER, 1)), value.bfloat16())
+    assert torch.equal(kernels.round_randomly(value.bfloat16().float(), draws(one, HYPER)), value.bfloat16())
 
 
 def test_a_bf16_second_moment_falls() -> None:
