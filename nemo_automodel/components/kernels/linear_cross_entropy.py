@@ -158,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
-        grad_weight = _Sum(weight, len(chunks)) if with_weight else None
+        grad_weight = _Sum(weight, len(chunks) if len(hidden) else 0) if with_weight else None
         done = 0
         for chunk, wanted in zip(chunks, targets.split(rows_at_once), strict=True):
             if not len(chunk):
@@ -198,11 +198,11 @@ def _log_sum_exp(
 
 
 class _Sum:
-    """A weight's gradient, added up in fp32 over chunks, which a single one does inside its product."""
+    """A weight's gradient, added up in fp32 over chunks (or none); a single one does so inside its product."""
 
     def __init__(self, weight: Tensor, chunks: int):
         self.dtype = weight.dtype
-        self.total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if chunks > 1 else None
+        self.total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if chunks != 1 else None
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if self.total is None:
