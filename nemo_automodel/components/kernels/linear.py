@@ -215,7 +215,7 @@ class _Linear(torch.autograd.Function):
         if low_rank is not None:
             if x is None:  # (total * rstd * weight)^T grad_t, without making the norm again
                 scaled = (grad_t * rstd[:, None]).to(grad_t.dtype)
-                grad_a = (scaled.t() @ flat).mul_((norm_weight.float() + recipe[1]).to(flat.dtype))
+                grad_a = (_in_fp32(scaled.t(), flat) * (norm_weight.float() + recipe[1])).to(flat.dtype)
             else:
                 grad_a = grad_t.t() @ x
             adapters = low_rank.gradients(grad_a, grad.t() @ t)
@@ -242,6 +242,13 @@ def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor
     if scale is None:
         return grad @ weight
     return product(*quantized(grad, scale.squeeze(1)), transposed(weight), None, grad.dtype)
+
+
+def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, not rounded where the device can leave that out."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def _written(low_rank: LowRank, like: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> Tensor:
