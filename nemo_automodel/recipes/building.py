@@ -8,8 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import fully_shard_layers
+from nemo_automodel.components.models.common.varlen import VARLEN, device_gap, refuse
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.components.together import Together
+from nemo_automodel.recipes.served import why_not_varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,12 +41,21 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, device: torch.device) -> "PreTrainedModel":
+def build_model(
+    config: "TrainConfig", resumed: TrainingCheckpoint | None, device: torch.device, packing: bool = False
+) -> "PreTrainedModel":
     """The model to train, in training mode, with adapters at their start; on several ranks, this rank's shards of it.
 
-    Where ``resumed`` will bring all weights, none are read here.
+    Where ``resumed`` will bring all weights, none are read here. With ``packing``, attention that is ``auto`` is varlen
+    where that can serve the model.
+
+    Raises:
+        ValueError: varlen attention is asked for where it does not run.
     """
     options, several = config.model, Together().size > 1
+    dtype = DTYPES.get(options.dtype, auto_dtype(device))
+    if (options.attn_implementation or options.backend.attn) == VARLEN:
+        refuse(device_gap(device, dtype))
     if config.lora is not None and config.lora.base_dtype == "float8":
         _check_float8(device, several)
 
@@ -61,7 +72,7 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
             fully_shard_layers(model, set(model._no_split_modules), mesh)
 
     common: dict[str, Any] = {
-        "dtype": DTYPES.get(options.dtype, auto_dtype(device)),
+        "dtype": dtype,
         "attn_implementation": options.attn_implementation,
         "backend": options.backend,
         "trust_remote_code": options.trust_remote_code,
@@ -79,6 +90,8 @@ def build_model(config: "TrainConfig", resumed: TrainingCheckpoint | None, devic
         quantize_base(model)
     elif not several and config.lora is not None and options.backend.kernels == "auto":
         join_adapters(model)
+    if why_not_varlen(model, options, packing) is None:
+        model.set_attn_implementation(VARLEN)
     return model.train()
 
 

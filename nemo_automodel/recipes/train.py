@@ -41,7 +41,8 @@ from nemo_automodel.recipes.checks import (
 from nemo_automodel.recipes.export import export_trained, save_description, untied
 from nemo_automodel.recipes.interrupts import stop_requests
 from nemo_automodel.recipes.progress import Progress
-from nemo_automodel.recipes.transfer import Numbers, to_device
+from nemo_automodel.recipes.served import in_one_line, served
+from nemo_automodel.recipes.transfer import Numbers, inputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class ModelConfig:
     from_scratch: bool = arg(False, "start from random weights: only config and tokenizer are read (pretraining)")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the weights; auto: bfloat16 on a GPU, else float32")
     attn_implementation: str | None = arg(None, "eager, sdpa, flex_attention, ...; null: what backend.attn says")
-    backend: BackendConfig = arg(BackendConfig(), "which kernels serve the model")
+    backend: BackendConfig = arg(BackendConfig(attn="auto"), "which kernels serve the model")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: slower, less memory")
     trust_remote_code: bool = arg(False, "run Python code that comes with the checkpoint")
 
@@ -226,7 +227,7 @@ class Run:
         self.total_steps = config.train.max_steps or config.train.epochs * self.stream.batches_per_epoch
 
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config, resumed, self.device)
+        self.model = build_model(config, resumed, self.device, config.data.packing)
         check_lengths(self._longest, self.model.config)
         if config.data.packing:
             check_packing(self.model, self.device)
@@ -240,6 +241,7 @@ class Run:
         if resumed:
             self._resume(resumed)
         self.say(_description(self.model, config, self.device, self.total_steps))
+        self.say(in_one_line(served(self.model, config.model, config.data.packing)))
         self.metrics: MetricsLog | None = None
         if self.together.leads:
             self._open_folder()
@@ -403,7 +405,7 @@ def train_step(
     optimizer.accumulating = len(micro_batches) > 1
     total = torch.zeros((), device=device)
     for batch in micro_batches:
-        loss = next_token_loss(model, to_device(batch, device)) / valid
+        loss = next_token_loss(model, inputs_of(model, batch, device)) / valid
         (loss * together.size).backward()  # FSDP averages over the ranks, each of which has a part of the sum
         total += loss.detach()
     norm = optimizer.step(lr)
@@ -417,7 +419,7 @@ def evaluate(model: nn.Module, stream: BatchStream, device: torch.device) -> flo
     total = torch.zeros((), dtype=torch.float64, device=device)
     valid = 0
     for batch in (batch for micro_batches in stream.one_pass() for batch in micro_batches):
-        total += next_token_loss(model, to_device(batch, device))
+        total += next_token_loss(model, inputs_of(model, batch, device))
         valid += valid_tokens(batch["labels"])
     model.train()
     together = Together()
@@ -436,6 +438,6 @@ def _description(model: "PreTrainedModel", config: TrainConfig, device: torch.de
     method = f"LoRA r={config.lora.r}" if config.lora else "all weights"
     return (
         f"{type(model).__module__.split('.')[0]}.{type(model).__name__}: {parameters / 1e6:,.1f} M parameters, "
-        f"{trained / 1e6:,.1f} M trained ({method}), {dtype} on {device}{ranks}, "
-        f"attention {model.config._attn_implementation}; {total_steps} steps of {config.train.batch_size} rows"
+        f"{trained / 1e6:,.1f} M trained ({method}), {dtype} on {device}{ranks}; "
+        f"{total_steps} steps of {config.train.batch_size} rows"
     )

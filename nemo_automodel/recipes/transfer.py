@@ -1,9 +1,12 @@
 """Between host and device without waiting: batches on their way there, numbers on their way back."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from nemo_automodel.components.models.common.varlen import VARLEN, Documents
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -22,6 +25,16 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
             pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
             moved[name] = pinned.to(device, non_blocking=True)
     return moved
+
+
+def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """``batch`` on ``device``, and for varlen attention where its documents begin, found here on the host."""
+    inputs: dict[str, Any] = to_device(batch, device)
+    config = getattr(model, "config", None)
+    if "position_ids" in batch and getattr(config, "_attn_implementation", None) == VARLEN:
+        bounds, longest = Documents.of(batch["position_ids"])
+        inputs |= Documents(to_device({"bounds": bounds}, device)["bounds"], longest).as_inputs()
+    return inputs
 
 
 def _on_the_right(mask: Tensor) -> bool:

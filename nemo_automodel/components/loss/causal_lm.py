@@ -25,7 +25,7 @@ def valid_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORE).sum())
 
 
-def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
     """Sum of the cross entropies of the valid tokens, in fp32.
 
     Only positions where some row has something to predict are given to the head: the prompts' logits, often most of

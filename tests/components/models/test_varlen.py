@@ -160,7 +160,7 @@ def test_refused_on_the_cpu(dtype: torch.dtype) -> None:
     model = NeMoAutoModelForCausalLM.from_config(tiny(), backend={"attn": "varlen"}, dtype=dtype)
     assert model.config._attn_implementation == "varlen"
     with pytest.raises(
-        ValueError, match=r"'varlen' has no kernel for .*float.* on cpu .* use backend.attn='sdpa' or 'f"
+        ValueError, match=r"'varlen' has no kernel for .*float.* on cpu, .*: use backend.attn='sdpa' or 'f"
     ):
         model(IDS)
 
@@ -198,8 +198,8 @@ def test_generation_is_refused(anywhere: list[Any]) -> None:
     [
         (tiny(Gemma2Config, head_dim=8), r"softcap on the scores, as this model needs .*: use backend.attn='flex'"),
         (tiny(attention_dropout=0.1), r"dropout of attention weights \(0.1\): use backend.attn='sdpa', or set"),
-        (tiny(head_dim=12), r"head_dim of 12 .*multiples of 8 up to 256"),
-        (tiny(head_dim=264), r"head_dim of 264 "),
+        (tiny(head_dim=12), r"head_dim of 12, only multiples of 8 up to 256"),
+        (tiny(head_dim=264), r"head_dim of 264,"),
     ],
     ids=["softcap", "dropout", "odd head_dim", "wide head_dim"],
 )

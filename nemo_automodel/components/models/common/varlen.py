@@ -68,14 +68,13 @@ class Documents(NamedTuple):
         return {"cu_seq_lens_q": self.bounds, "max_length_q": self.longest}
 
 
-def gap(attention: nn.Module) -> Gap | None:
-    """What the layer needs and does not find here; None where nothing is missing."""
-    softcap, dropout = getattr(attention, "softcap", None), getattr(attention, "attention_dropout", 0.0)
-    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+def gap(attention: Any) -> Gap | None:
+    """What the layer (a `DecoderAttention`) needs and does not find here; None where nothing is missing."""
+    softcap, dropout, head_dim = attention.softcap.get("softcap"), attention.attention_dropout, attention.head_dim
     missing = {
         Gap(f"softcap on the scores, as this model needs ({softcap})", "'flex'"): bool(softcap),
         Gap(f"dropout of attention weights ({dropout})", "'sdpa', or set attention_dropout=0.0"): bool(dropout),
-        Gap(f"head_dim of {head_dim} (but multiples of 8 up to {WIDEST})"): head_dim % 8 or head_dim > WIDEST,
+        Gap(f"head_dim of {head_dim}, only multiples of 8 up to {WIDEST}"): head_dim % 8 or head_dim > WIDEST,
     }
     return next((each for each, missed in missing.items() if missed), None)
 
@@ -87,7 +86,7 @@ def device_gap(device: torch.device, dtype: torch.dtype) -> Gap | None:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return None
     return Gap(
-        f"kernel for {str(dtype).removeprefix('torch.')} on {device.type} (but for bfloat16 and float16 on CUDA)"
+        f"kernel for {str(dtype).removeprefix('torch.')} on {device.type}, only for bfloat16 and float16 on CUDA"
     )
 
 
@@ -120,11 +119,9 @@ def documents_of_batch(
     refuse(device_gap(inputs_embeds.device, inputs_embeds.dtype))
     refuse(CACHE if cached else None)
     refuse(_mask_gap(attention_mask))
-    if given.get("cu_seq_lens_q") is not None:
-        return Documents(given["cu_seq_lens_q"], int(given.get("max_length_q") or length))
-    if position_ids is None:
+    if position_ids is None and given.get("cu_seq_lens_q") is None:
         return Documents.rows(batch, length, inputs_embeds.device)
-    return Documents.of(position_ids.expand(batch, -1))
+    return _documents(batch, length, position_ids, given)
 
 
 def varlen_attention_forward(
@@ -153,7 +150,7 @@ def varlen_attention_forward(
         sliding_window: tokens that a token sees, its own included.
         softcap: must be None.
         position_ids: ``[B or 1, S]``.
-        **kwargs: ignored; other implementations take more.
+        **kwargs: may have what `Documents.as_inputs` returns; other implementations take more.
 
     Returns:
         The output ``[B, S, H, D]``, and no weights.
@@ -166,9 +163,7 @@ def varlen_attention_forward(
     refuse(None if getattr(module, "is_causal", True) else Gap("attention to later tokens"))
     if not isinstance(attention_mask, Documents):
         refuse(_mask_gap(attention_mask))
-        refuse(Gap("documents where position_ids are not passed on") if position_ids is None else None)
-        assert position_ids is not None
-        attention_mask = Documents.of(position_ids.expand(batch, -1))
+        attention_mask = _documents(batch, length, position_ids, kwargs)
     bounds, longest = attention_mask
     attend: Any = torch_varlen.varlen_attn
     output: Tensor = attend(
@@ -184,12 +179,20 @@ def varlen_attention_forward(
     return output.unflatten(0, (batch, length)), None
 
 
+def _documents(batch: int, length: int, position_ids: Tensor | None, given: Mapping[str, Any]) -> Documents:
+    if given.get("cu_seq_lens_q") is not None:
+        return Documents(given["cu_seq_lens_q"], int(given.get("max_length_q") or length))
+    if position_ids is None:
+        raise ValueError("attention 'varlen' finds documents in position_ids, which this model does not pass on to it")
+    return Documents.of(position_ids.expand(batch, -1))
+
+
 def _mask_gap(attention_mask: Any) -> Gap | None:
     """What of the mask is missing here; padding on the right needs nothing."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return Gap("masks ready made (but position_ids that start again)")
+        return Gap("masks ready made, only position_ids that start again")
     attended = attention_mask.bool()
     if bool((attended[:, 1:] <= attended[:, :-1]).all()):
         return None

@@ -1,0 +1,161 @@
+"""Which implementation serves each part of a model, and why: what a training says when it begins."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nemo_automodel.components.kernels import launch
+from nemo_automodel.components.kernels.gated import ACTIVATIONS
+from nemo_automodel.components.models.common.attention import DecoderAttention
+from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
+from nemo_automodel.components.models.common.decoder import DecoderModel
+from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
+from nemo_automodel.components.models.common.varlen import device_gap, gap
+from nemo_automodel.components.peft.lora import LoRALinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nemo_automodel.recipes.train import ModelConfig
+
+KERNELS = "Triton kernels"
+WIDEST_NORM = 65536
+
+Test = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a decoder that the library has kernels for.
+
+    Attributes:
+        types: its modules.
+        gaps: what the kernels do not cover, in words (with fields of the module) -> whether a module is of that kind.
+    """
+
+    types: tuple[type[nn.Module], ...]
+    gaps: dict[str, Test]
+
+
+PARTS = {
+    "norms": Part(
+        (RMSNorm, LayerNorm),
+        {
+            "layer norms": lambda norm: isinstance(norm, LayerNorm),
+            "norms with a weight for each head": lambda norm: norm.weight.ndim > 1,
+            f"norms of fewer than {NARROW} channels": lambda norm: norm.weight.shape[-1] < NARROW,
+            f"norms of more than {WIDEST_NORM} channels": lambda norm: norm.weight.shape[-1] > WIDEST_NORM,
+            "an offset added in low precision": lambda norm: norm.offset and not norm.fp32,
+        },
+    ),
+    "gated MLP": Part(
+        (CombinedGateUpMLP, PlainMLP),
+        {
+            "MLPs without a gate": lambda mlp: isinstance(mlp, PlainMLP),
+            "activation {0.activation}": lambda mlp: mlp.activation not in ACTIVATIONS,
+        },
+    ),
+    "RoPE": Part(
+        (DecoderAttention,),
+        {
+            "layers without it": lambda attention: not attention.turns,
+            "norms of queries and keys before it": lambda each: (
+                each.qk_norm is not None and not each.qk_norm_after_rope
+            ),
+        },
+    ),
+    "LoRA": Part(
+        (LoRALinear,),
+        {
+            "DoRA": lambda layer: layer.dora,
+            "dropout": lambda layer: not isinstance(layer.dropout, nn.Identity),
+            "a shared A": lambda layer: layer.share_a,
+            "adapters in another dtype": lambda layer: len(_dtypes(layer)) > 1,
+        },
+    ),
+    "loss": Part(
+        (nn.Linear,),  # the head
+        {
+            "an adapted head": lambda head: type(head) is not nn.Linear,
+            "a head with a bias": lambda head: head.bias is not None,
+        },
+    ),
+}
+
+OWN_CLASS = "transformers' own class"
+
+WITHOUT_KERNELS: dict[str, Test] = {
+    "torch (asked for)": lambda model: model.backend.kernels != "auto",
+    "torch (no GPU)": lambda model: _home(model)[0].type != "cuda" and not launch.INTERPRETED,
+    "torch: Triton is not installed": lambda model: launch.triton is None,
+    "torch: weights of a dtype that the kernels do not have": lambda model: _home(model)[1] not in launch.DTYPES,
+}
+"""Why no kernel runs at all, the first reason counts."""
+
+
+def _dtypes(layer: LoRALinear) -> set[torch.dtype]:
+    """Of what the kernels want in one dtype; a weight in float8 is apart."""
+    found = {each.dtype for each in (*layer.lora_A.values(), *layer.lora_B.values())}
+    return found if layer.scale is not None else found | {layer.weight.dtype}
+
+
+def _home(model: "PreTrainedModel") -> tuple[torch.device, torch.dtype]:
+    """Where the residual stream is, and in which dtype."""
+    weight: Any = model.get_input_embeddings().weight
+    return weight.device, weight.dtype
+
+
+def why_not_varlen(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> str | None:
+    """Why the documents' bounds do not serve instead of a mask, in words; None where ``auto`` takes them."""
+    backbone: Any = model.base_model
+    asked = options.attn_implementation is not None or options.backend.attn != "auto"
+    reasons = {
+        "asked for": asked,
+        "rows are not packed": not packing,
+        OWN_CLASS: not isinstance(backbone, DecoderModel),
+    }
+    if (reason := next((words for words, holds in reasons.items() if holds), None)) is not None:
+        return reason
+    missing = device_gap(*_home(model)) or gap(backbone.layers[0].self_attn)
+    return None if missing is None else f"varlen has no {missing.what}"
+
+
+def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:
+    """Part of the model -> what serves it, and why; parts that the model does not have are left out.
+
+    Args:
+        model: built, with its adapters.
+        options: what it was built from.
+        packing: whether rows hold several documents.
+    """
+    why = why_not_varlen(model, options, packing) or "packed documents without a mask"
+    half = device_gap(*_home(model)) is None
+    name = model.config._attn_implementation
+    found = {"attention": f"{name}{', cuDNN first' if name == 'sdpa' and half else ''} ({why})"}
+    if not isinstance(model.base_model, DecoderModel):
+        return {**found, "layers": OWN_CLASS}
+    none = next((words for words, holds in WITHOUT_KERNELS.items() if holds(model)), None)
+    for title, part in PARTS.items():
+        modules = [model.get_output_embeddings()] if title == "loss" else list(model.modules())
+        if of_part := [module for module in modules if isinstance(module, part.types)]:
+            found[title] = none or _by_kernels(part, of_part)
+    return found
+
+
+def in_one_line(found: dict[str, str]) -> str:
+    """``attention: sdpa (asked for); norms, RoPE: Triton kernels``."""
+    alike: dict[str, list[str]] = {}
+    for part, words in found.items():
+        alike.setdefault(words, []).append(part)
+    return "; ".join(f"{', '.join(parts)}: {words}" for words, parts in alike.items())
+
+
+def _by_kernels(part: Part, modules: Iterable[Any]) -> str:
+    gaps = Counter(next((words.format(m) for words, is_of in part.gaps.items() if is_of(m)), "") for m in modules)
+    total, missing = gaps.total(), [words for words in gaps if words]
+    by_torch = ", ".join(words if gaps[words] == total else f"{words} ({gaps[words]} of {total})" for words in missing)
+    return ", ".join(filter(None, [KERNELS if gaps[""] else "", f"torch for {by_torch}" if missing else ""]))

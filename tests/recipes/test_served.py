@@ -1,0 +1,171 @@
+"""What serves each part of a model, as a training says when it begins, and which attention `auto` takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import varlen as torch_varlen
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel.components.kernels import launch
+from nemo_automodel.components.models.common import varlen
+from nemo_automodel.components.models.common.backend import BackendConfig
+from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of
+from nemo_automodel.config import load_config
+from nemo_automodel.recipes import building, served
+from nemo_automodel.recipes.served import KERNELS, in_one_line, why_not_varlen
+from nemo_automodel.recipes.train import ModelConfig, Run, TrainConfig
+from tests.components.models.test_varlen import varlen_reference
+from tests.conftest import tiny
+
+AUTO = ModelConfig(path="x")
+WIDE = {"hidden_size": 512, "head_dim": 128, "pad_token_id": 0}
+
+
+def model_of(config_class: Any, lora: LoRAConfig | None = None, **options: Any) -> Any:
+    changes = {**WIDE, **options.pop("changes", {})}
+    if config_class in (NemotronConfig, StableLmConfig, Starcoder2Config):
+        changes.pop("head_dim")
+    model = NeMoAutoModelForCausalLM.from_config(tiny(config_class, **changes), **options)
+    if lora is not None:
+        apply_lora(model, lora, layout_of(model))
+    return model
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose kernels run, as far as the description can tell; varlen too."""
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "triton", object())
+    for module in (served, building, varlen):
+        monkeypatch.setattr(module, "device_gap", lambda device, dtype: None)
+
+
+def test_here_it_is_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = served.served(model_of(LlamaConfig), AUTO, packing=True)
+    assert found == {
+        "attention": "sdpa (varlen has no kernel for float32 on cpu, only for bfloat16 and float16 on CUDA)",
+        **dict.fromkeys(("norms", "gated MLP", "RoPE", "loss"), "torch (no GPU)"),
+    }
+    assert in_one_line(found).endswith("on CUDA); norms, gated MLP, RoPE, loss: torch (no GPU)")
+    asked = served.served(model_of(LlamaConfig, backend={"kernels": "torch"}), AUTO, packing=False)
+    assert asked["norms"] == "torch (asked for)"
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "triton", None)
+    assert served.served(model_of(LlamaConfig), AUTO, False)["RoPE"] == "torch: Triton is not installed"
+
+
+EVERYWHERE = dict.fromkeys(("norms", "gated MLP", "RoPE", "loss"), KERNELS)
+HEAD_NORMS = {
+    "norms": f"{KERNELS}, torch for norms of fewer than 512 channels (4 of 9)",
+    "RoPE": "torch for norms of queries and keys before it",
+}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "lora", "expected"),
+    [
+        (LlamaConfig, {}, None, {}),
+        (LlamaConfig, {}, LoRAConfig(), {"LoRA": KERNELS}),
+        (LlamaConfig, {}, LoRAConfig(dora=True), {"LoRA": "torch for DoRA"}),
+        (LlamaConfig, {}, LoRAConfig(dropout=0.1), {"LoRA": "torch for dropout"}),
+        (LlamaConfig, {"hidden_act": "gelu"}, None, {"gated MLP": "torch for activation gelu"}),
+        (LlamaConfig, {"hidden_size": 256}, None, {"norms": "torch for norms of fewer than 512 channels"}),
+        (Gemma2Config, {}, None, {}),
+        (Qwen3Config, {}, None, HEAD_NORMS),
+        (Olmo2Config, {}, None, {"RoPE": HEAD_NORMS["RoPE"]}),
+        (
+            SmolLM3Config,
+            {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+            None,
+            {"RoPE": f"{KERNELS}, torch for layers without it (1 of 4)"},
+        ),
+        (NemotronConfig, {}, None, {"norms": "torch for layer norms", "gated MLP": "torch for MLPs without a gate"}),
+        (Starcoder2Config, {}, None, {"norms": "torch for layer norms", "gated MLP": "torch for MLPs without a gate"}),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_named(
+    gpu: None, config_class: Any, changes: dict[str, Any], lora: LoRAConfig | None, expected: dict[str, str]
+) -> None:
+    if config_class is Olmo2Config:
+        changes = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    found = served.served(model_of(config_class, lora, changes=changes), AUTO, packing=True)
+    found.pop("attention")
+    assert found == EVERYWHERE | expected
+
+
+def test_transformers_own_class_has_one_line() -> None:
+    found = served.served(model_of(StableLmConfig), AUTO, packing=True)
+    assert found == {"attention": "sdpa (transformers' own class)", "layers": "transformers' own class"}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options", "packing", "reason"),
+    [
+        (LlamaConfig, AUTO, True, None),
+        (LlamaConfig, AUTO, False, "rows are not packed"),
+        (LlamaConfig, ModelConfig(path="x", attn_implementation="sdpa"), True, "asked for"),
+        (LlamaConfig, ModelConfig(path="x", backend=BackendConfig(attn="sdpa")), True, "asked for"),
+        (Gemma2Config, AUTO, True, "varlen has no softcap on the scores, as this model needs (50.0)"),
+        (StableLmConfig, AUTO, True, "transformers' own class"),
+    ],
+)
+def test_which_attention_auto_takes(
+    gpu: None, config_class: Any, options: ModelConfig, packing: bool, reason: str | None
+) -> None:
+    assert why_not_varlen(model_of(config_class), options, packing) == reason
+
+
+def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
+    gpu: None, overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its losses are those of sdpa with a mask, which fp32 on a CPU would take."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_reference)
+    packing = {"data__packing": "true", "data__max_length": 128, "train__batch_size": 2, "train__max_steps": 3}
+    losses = []
+    for name, options in {"auto": {}, "sdpa": {"model__backend__attn": "sdpa"}}.items():
+        said: list[str] = []
+        run = Run(load_config(TrainConfig, None, overrides(name, **packing, **options)), said.append)
+        chosen = "varlen (packed documents without a mask)" if name == "auto" else "sdpa, cuDNN first (asked for)"
+        assert said[-1] == f"attention: {chosen}; norms, gated MLP, RoPE, loss: torch (no GPU)"
+        if name == "auto":
+            seen = given_to(run.model.model)
+        for step in (1, 2, 3):
+            run.step(step)
+        losses.append([row["loss"] for _, row in run.rows(until=3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32 rounding, three steps deep
+    assert len(seen) >= 3
+    assert all(isinstance(each["max_length_q"], int) and each["cu_seq_lens_q"].dtype == torch.int32 for each in seen)
+
+
+def given_to(module: nn.Module) -> list[dict[str, Any]]:
+    """The keyword arguments of the calls of ``module`` from now on."""
+    seen: list[dict[str, Any]] = []
+    module.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    return seen
+
+
+def test_asked_for_where_it_does_not_run_it_is_refused_before_the_model_is_built(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(building.NeMoAutoModelForCausalLM, "from_pretrained", unreachable)
+    for option in ("model__backend__attn", "model__attn_implementation"):
+        config = load_config(TrainConfig, None, overrides(**{option: "varlen"}))
+        with pytest.raises(ValueError, match=r"'varlen' has no kernel for float32 on cpu, .*: use backend.attn='sdpa'"):
+            Run(config, lambda line: None)
