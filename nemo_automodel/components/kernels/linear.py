@@ -37,7 +37,7 @@ class Gated:
 
 @dataclass(frozen=True)
 class Normed:
-    """How a norm's output was made; it hangs on that output as its attribute `Normed.MARK`."""
+    """How a norm's output was made; it hangs on that output itself, from `mark` to `of`."""
 
     MARK = "_automodel_normed"
 
@@ -48,6 +48,17 @@ class Normed:
     offset: float
     room: int = 0
     """Columns that are free beside every row of the output."""
+
+    def mark(self, output: Tensor) -> None:
+        """Tell whoever reads ``output`` how it was made."""
+        if not output.is_inference():  # which has no versions, and no backward pass
+            setattr(output, self.MARK, (self, output._version))
+
+    @classmethod
+    def of(cls, x: "Tensor | Gated") -> "Normed | None":
+        """How ``x`` was made; None where that is unknown, or it was changed in place since."""
+        recipe, version = getattr(x, cls.MARK, (None, None))
+        return recipe if isinstance(x, Tensor) and recipe is not None and version == x._version else None
 
 
 class LowRank(Protocol):
@@ -106,7 +117,7 @@ def linear(
         low_rank: the adapters; `can_run` must hold.
         parameters: theirs, in the order in which `LowRank.gradients` gives gradients.
     """
-    normed = getattr(x, Normed.MARK, None)
+    normed = Normed.of(x)
     if low_rank is None and ((not isinstance(x, Gated) and normed is None) or not can_run(x, weight, bias)):
         return F.linear(x.made() if isinstance(x, Gated) else x, weight, bias)
     source: Tensor = x.gate_up if isinstance(x, Gated) else x

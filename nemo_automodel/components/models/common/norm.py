@@ -122,7 +122,7 @@ class RMSNorm(_Norm):
         total, normed, rstd = add_norm(residual, branch, self.weight, self.eps, self.offset, room)
         assert rstd is not None
         # a linear layer that reads it need not keep it
-        setattr(normed, Normed.MARK, Normed(total, self.weight, rstd, self.eps, self.offset, room))
+        Normed(total, self.weight, rstd, self.eps, self.offset, room).mark(normed)
         return total, normed
 
     def fuses(self, hidden_states: Tensor) -> bool:
