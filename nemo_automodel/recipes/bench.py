@@ -25,6 +25,7 @@ from rich.table import Table
 from nemo_automodel.recipes.bench_variant import OURS, PEERS, Request, our_config
 from nemo_automodel.recipes.building import auto_dtype, pick_device
 from nemo_automodel.recipes.flops import FORMULA, Arithmetic, arithmetic
+from nemo_automodel.recipes.served import in_one_line
 from nemo_automodel.recipes.step_parts import PARTS
 from nemo_automodel.recipes.workloads import Workload
 
@@ -119,7 +120,7 @@ def bench(workload: Workload, options: BenchOptions, say: Callable[[str], None] 
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
-    """The tables: speed and memory, parts of the step, kinds of kernel where they were asked for."""
+    """The tables: speed and memory, parts of the step, kinds of kernel where they were asked for; what served ours."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log has no edge
@@ -137,6 +138,9 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
             for kernel in row["kernels"]["longest"]:
                 line = f"  {kernel['ms']:9.2f} ms {kernel['calls']:6d}  {kernel['kind']:<18} {kernel['name']}"
                 console.print(line, markup=False, soft_wrap=True)
+    for row in rows:
+        if "served" in row:
+            console.print(f"{row['name']} is served by: {in_one_line(row['served'])}", markup=False, soft_wrap=True)
     for row in report["rows"]:
         if "error" in row:
             console.print(f"{row['name']} failed: {row['error']}", markup=False, soft_wrap=True)

@@ -27,6 +27,7 @@ from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.config import ConfigError, arg, load_config, required
 from nemo_automodel.recipes.building import auto_dtype, build_model
 from nemo_automodel.recipes.flops import matmul_peak
+from nemo_automodel.recipes.served import served
 from nemo_automodel.recipes.step_parts import BACKWARD, OTHER, PARTS, PartTimer, between, kernel_table, now
 from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, train_step
 
@@ -222,6 +223,8 @@ def measure(request: Request) -> dict[str, Any]:
         "matmul_tflops": peak / 1e12,
         "parts_ms": _parts(job, batches, device),
     }
+    if request.variant == OURS:
+        result["served"] = served(job.model, our_config(request).model, packing=False)
     if request.profile:
         result["kernels"] = kernel_table(lambda: job.step(batches[0]), device)
     return result

@@ -133,9 +133,13 @@ def test_the_command_ends_well_though_a_peer_fails(
     out = capsys.readouterr().out
     assert "hf_liger failed: liger-kernel is not installed: pip install liger-kernel" in out
     assert "k is 2 forward" in out
+    here = "attention: sdpa (rows are not packed); norms, gated MLP, RoPE, loss: torch (no GPU)"
+    assert f"ours is served by: {here}" in out
     report = json.loads(file.read_text())
     ours, hf, liger = report["rows"]
     assert set(liger) == {"name", "variant", "overrides", "error"}
+    assert "served" not in hf
+    assert ours["served"]["attention"] == "sdpa (rows are not packed)"
     assert hf["ratio"] == 1.0
     assert ours["ratio"] == ours["tokens_per_second"] / hf["tokens_per_second"]
     per_token = report["flops"]["per_token"]
