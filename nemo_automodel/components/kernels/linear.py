@@ -199,7 +199,7 @@ class _Linear(torch.autograd.Function):
             a = low_rank.stacked(parameters)
             if low_rank.joined is not None:
                 both = grad @ low_rank.joined
-                grad_x, grad_t = both[:, :width], both[:, width:].contiguous()
+                grad_x, grad_t = both[:, :width], both[:, width:]
             else:
                 grad_x = _base_gradient(grad, weight, low_rank.scale)
                 grad_t = grad @ _written(low_rank, grad, weight, parameters)
