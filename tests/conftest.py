@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from nemo_automodel._transformers import registry
+from nemo_automodel.components.kernels import launch
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and test processes share the cores
 
@@ -32,6 +33,13 @@ Model = TypeVar("Model", bound=nn.Module)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_where_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TRITON_INTERPRET=1 the kernels could run on the CPU everywhere, slowly."""
+    if request.node.get_closest_marker("interpreted") is None:
+        monkeypatch.setattr(launch, "INTERPRETED", False)
 
 
 def tiny(config_class: type[PreTrainedConfig] = LlamaConfig, attn: str | None = None, **changes: Any) -> Any:

@@ -1,6 +1,6 @@
 """Inputs for every kernel, and how far from float64 it and its reference are: for the interpreter, and for a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +60,52 @@ class Case:
         for name, value in actual.items():
             assert value.shape == truth[name].shape, name
         return {name: distance(value, truth[name]) for name, value in actual.items()}
+
+
+def assert_near(case: Case, ratio: float = 1.1) -> None:
+    """As near as the reference is in the same dtype, or within some ten roundings of fp32."""
+    ours, theirs = case.errors(), case.errors(case.reference)
+    too_far = {name: (e, theirs[name]) for name, e in ours.items() if e > ratio * theirs[name] + 2**-20}
+    assert not too_far, f"(kernel, reference): {too_far}"
+
+
+def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), f"{name}: {distance(actual[name], value)} apart"
+
+
+def assert_graph_rules(case: Case) -> None:
+    """Autograd's: backward again where the graph is kept, refused where not, and never twice differentiable."""
+    x = case.inputs[0]
+    assert x is not None
+
+    def loss() -> Tensor:
+        out = case.kernel(*case.inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        return torch.stack([o.float().square().sum() for o in outs]).sum()
+
+    kept = loss()
+    first, second = (torch.autograd.grad(kept, x, retain_graph=again)[0] for again in (True, False))
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(kept, x)
+    (gradient,) = torch.autograd.grad(loss(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def assert_noticed(case: Case, changed: int, outcome: bool = False) -> None:
+    """An input (or the first output) that changes between forward and backward is an error, not another gradient."""
+    out = case.kernel(*case.inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    target = outs[0] if outcome else case.inputs[changed]
+    assert target is not None
+    with torch.no_grad():
+        target.add_(1)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.stack([o.float().sum() for o in outs]).sum().backward()
 
 
 def distance(actual: Tensor, truth: Tensor) -> float:
