@@ -4,6 +4,7 @@ Run on a GPU machine with ``pytest -m gpu tests/gpu``.
 """
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_automodel.components.models.common import decoder
 from nemo_automodel.components.models.common.varlen import Documents, varlen_attention_forward
+from nemo_automodel.config import load_config
+from nemo_automodel.recipes.train import Run, TrainConfig
 from tests.conftest import tiny, tokens, twins
+from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -172,3 +176,27 @@ def test_documents_made_on_the_host_spare_the_wait() -> None:
     found = ours(ids, position_ids=positions, use_cache=False)
     assert torch.equal(with_given.logits, found.logits)
     torch.testing.assert_close(found.logits, expected.logits, atol=0.05, rtol=0.05)  # bf16, two layers deep
+
+
+def test_a_packed_training_takes_it_and_never_waits(overrides: Callable[..., list[str]]) -> None:  # noqa: F811
+    """The losses are near those of sdpa with a mask; once its kernels are compiled, no step makes the host wait."""
+    packing = {"data__packing": "true", "data__max_length": 128, "train__batch_size": 2, "train__max_steps": 8}
+    losses = {}
+    for attn in ("auto", "sdpa"):
+        said: list[str] = []
+        config = load_config(TrainConfig, None, overrides(attn, **packing, model__backend__attn=attn, optim__lr="1e-3"))
+        run = Run(config, said.append)
+        assert said[-1].startswith(
+            "attention: varlen (packed" if attn == "auto" else "attention: sdpa, cuDNN first (as"
+        )
+        for step in range(1, 9):
+            if step == 5 and attn == "auto":
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                run.step(step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        losses[attn] = [row["loss"] for _, row in run.rows(until=8)]
+    assert losses["auto"] == pytest.approx(losses["sdpa"], rel=0.02)  # bf16, eight steps deep
+    assert losses["auto"][-1] < losses["auto"][0]
