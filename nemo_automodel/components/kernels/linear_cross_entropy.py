@@ -45,7 +45,8 @@ def linear_cross_entropy(
     Args:
         hidden: ``[rows, n]``, on any device; kernels run where they can, else the reference.
         weight: ``[vocabulary, n]``; with ``group`` this rank's part of the vocabulary.
-        targets: ``[rows]`` int64, `IGNORE` where there is nothing to predict.
+        targets: ``[rows]`` int64, `IGNORE` where there is nothing to predict; any other number outside of the
+            vocabulary makes the loss NaN.
         multiplier: factor on the logits.
         softcap: logits then become ``softcap * tanh(logits / softcap)``.
         group: ranks that hold equal parts of the vocabulary, in their order; the hidden states' gradient is this rank's
@@ -71,7 +72,7 @@ def _capped(logits, multiplier, softcap, CAP: tl.constexpr):  # type: ignore[no-
 
 @jit
 def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
-    LOGITS, TARGETS, MAXIMUM, SUM, AT_TARGET, stride, first, multiplier, softcap,
+    LOGITS, TARGETS, MAXIMUM, SUM, AT_TARGET, stride, first, whole, multiplier, softcap,
     V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -89,10 +90,11 @@ def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
     maximum = tl.max(highest, 0)
     tl.store(MAXIMUM + row, maximum)
     tl.store(SUM + row, tl.sum(tl.where(highest > -float("inf"), total * tl.exp(highest - maximum), 0.0), 0))
-    target = tl.load(TARGETS + row) - first
-    here = (target >= 0) & (target < V)
-    at_target = tl.load(LOGITS + row * stride + tl.where(here, target, 0))
-    tl.store(AT_TARGET + row, tl.where(here, _capped(at_target, multiplier, softcap, CAP), 0.0))
+    target = tl.load(TARGETS + row)
+    elsewhere = tl.where((target >= 0) & (target < whole), 0.0, float("nan"))
+    here = (target >= first) & (target < first + V)
+    at_target = tl.load(LOGITS + row * stride + tl.where(here, target - first, 0))
+    tl.store(AT_TARGET + row, tl.where(here, _capped(at_target, multiplier, softcap, CAP), elsewhere))
 
 
 @jit
@@ -117,14 +119,17 @@ def cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
 
 @torch.library.triton_op("nemo_automodel::cross_entropy_statistics", mutates_args={})
 def cross_entropy_statistics(
-    logits: Tensor, targets: Tensor, first: int, multiplier: float, softcap: float
+    logits: Tensor, targets: Tensor, first: int, whole: int, multiplier: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row: the highest logit, the sum of exponentials less it, the target's logit (0: it is elsewhere)."""
+    """For each row: the highest logit, the sum of exponentials less it, the target's logit.
+
+    That is 0 where the target is in another part of the ``whole`` vocabulary, NaN where it is in none.
+    """
     count, vocabulary = logits.shape
     maximum = torch.empty(count, dtype=torch.float32, device=logits.device)
     total, at_target = torch.empty_like(maximum), torch.empty_like(maximum)
     wrapped(cross_entropy_statistics_kernel)[(count,)](
-        logits, targets, maximum, total, at_target, logits.stride(0), first, multiplier, softcap,
+        logits, targets, maximum, total, at_target, logits.stride(0), first, whole, multiplier, softcap,
         V=vocabulary, CAP=softcap > 0, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return maximum, total, at_target
@@ -156,6 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_at_once = max(128, CHUNK // weight.shape[0] // 128 * 128)
         chunks = hidden.split(rows_at_once)
         first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
+        whole = weight.shape[0] * (1 if group is None else dist.get_world_size(group))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
         grad_weight = _Sum(weight, len(chunks) if len(hidden) else 0) if with_weight else None
@@ -164,7 +170,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not len(chunk):
                 continue
             logits = chunk @ weight.t()
-            lse, at_target = _log_sum_exp(group, *cross_entropy_statistics(logits, wanted, first, multiplier, softcap))
+            statistics = cross_entropy_statistics(logits, wanted, first, whole, multiplier, softcap)
+            lse, at_target = _log_sum_exp(group, *statistics)
             loss += torch.where(wanted != IGNORE, lse - at_target, 0.0).sum()
             if with_hidden or with_weight:
                 cross_entropy_gradient(logits, wanted, lse, first, multiplier, softcap)
@@ -210,7 +217,7 @@ class _Sum:
         elif a.is_cuda and a.dtype != torch.float32:
             torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
         else:
-            self.total += a @ b
+            self.total += a.float() @ b.float()
 
     def rounded(self) -> Tensor:
         return self.product if self.total is None else self.total.to(self.dtype)
