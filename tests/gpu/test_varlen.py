@@ -128,7 +128,7 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
 def llama(**changes: Any) -> tuple[Any, Any]:
     """transformers' Llama in float64, and ours on the GPU in bf16."""
     shape = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2}
-    config = tiny(attn="eager", **shape, head_dim=64, max_position_embeddings=512, **changes)
+    config = tiny(attn="eager", **{**shape, "head_dim": 64, "max_position_embeddings": 512, **changes})
     hf, ours = twins(LlamaForCausalLM, config)
     for model in (hf, ours):  # randomize's weights are for narrow layers; these would saturate
         for parameter in model.parameters():
