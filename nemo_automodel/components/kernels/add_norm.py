@@ -157,7 +157,9 @@ class _AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat = rows(residual)
         total = residual if branch is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-        out = residual.new_empty((*residual.shape[:-1], residual.shape[-1] + room))[..., : residual.shape[-1]]
+        out = residual.new_empty((*residual.shape[:-1], residual.shape[-1] + room))
+        if room:  # data: autograd would take it for a view, which must not be changed in place
+            out = out[..., : residual.shape[-1]].data
         rstd = torch.empty(flat.shape[0], dtype=torch.float32, device=residual.device)
         add_norm_forward(
             flat,

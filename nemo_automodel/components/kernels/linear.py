@@ -161,7 +161,8 @@ class _Linear(torch.autograd.Function):
         else:
             a, b = low_rank.stacked(parameters), _written(low_rank, x, weight, parameters)
             if joined is not None and (isinstance(recipe, int) or (isinstance(recipe, Normed) and recipe.room >= room)):
-                whole = x.as_strided((x.shape[0], width + room), x.stride())
+                # data: what is written lies beside x, which others may have kept
+                whole = x.data.as_strided((x.shape[0], width + room), x.stride())
                 torch.mm(x, a.t(), out=whole[:, width:])
                 t = whole[:, width:].contiguous()
                 y = F.linear(whole, joined, bias)
