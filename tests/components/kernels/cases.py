@@ -241,7 +241,7 @@ def linear_case(
     given = len(inputs)
 
     def kernel(*inputs: Tensor) -> Any:
-        total, x = _made(inputs[:given], recipe, room)
+        total, x = made(inputs[:given], recipe, room)
         if layer is not None:
             assert layer._fuses(x), "the kernels do not run"
             y = layer(x)
@@ -278,7 +278,7 @@ def _layer(weight: Tensor, bias: Tensor | None, fusion: Fusion | None, ranks: di
     return layer
 
 
-def _made(inputs: Sequence[Tensor], recipe: str | None, room: int) -> tuple[Tensor | None, Any]:
+def made(inputs: Sequence[Tensor], recipe: str | None, room: int) -> tuple[Tensor | None, Any]:
     """The residual stream, where there is one, and what the layer reads; as `RMSNorm.with_residual` makes it."""
     if recipe is None:
         return None, inputs[0]
@@ -286,7 +286,7 @@ def _made(inputs: Sequence[Tensor], recipe: str | None, room: int) -> tuple[Tens
         return None, Gated(inputs[0], recipe)
     total, normed, rstd = add_norm(*inputs, EPS, 1.0, room)
     assert rstd is not None
-    setattr(normed, Normed.MARK, Normed(total, inputs[2], rstd, EPS, 1.0, room))
+    Normed(total, inputs[2], rstd, EPS, 1.0, room).mark(normed)
     return total, normed
 
 
