@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
-from transformers import DynamicCache, Gemma2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.masking_utils import find_packed_sequence_indices
 
 from nemo_automodel import NeMoAutoModelForCausalLM
@@ -25,7 +34,8 @@ MODELS = {
     "one key head a query head": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
     "two query heads a key head": (LlamaForCausalLM, LlamaConfig, {}),
     "one key head": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),
-    "a scale of its own, head_dim apart": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16}),
+    "a head_dim of its own": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16}),
+    "a scale of its own": (GraniteForCausalLM, GraniteConfig, {"attention_multiplier": 0.5}),
     "a sliding and a full layer": (Qwen2ForCausalLM, Qwen2Config, SLIDING),
 }
 
