@@ -63,8 +63,8 @@ PARTS = {
         (DecoderAttention,),
         {
             "layers without it": lambda attention: not attention.turns,
-            "norms of queries and keys before it": lambda each: (
-                each.qk_norm is not None and not each.qk_norm_after_rope
+            "norms of queries and keys before it, other than over each head": lambda each: (
+                each.qk_norm in ("per_head", "full") and not each.qk_norm_after_rope
             ),
         },
     ),
@@ -95,6 +95,12 @@ WITHOUT_KERNELS: dict[str, Test] = {
     "torch: weights of a dtype that the kernels do not have": lambda model: _home(model)[1] not in launch.DTYPES,
 }
 """Why no kernel runs at all, the first reason counts."""
+
+
+def _with_rope(attention: DecoderAttention) -> list[nn.Module]:
+    """Norms that RoPE's kernel computes as well."""
+    together = attention.qk_norm == "head" and attention.turns and not attention.qk_norm_after_rope
+    return [attention.get_submodule(name) for name in ("q_norm", "k_norm")] if together else []
 
 
 def _dtypes(layer: LoRALinear) -> set[torch.dtype]:
@@ -139,8 +145,10 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
     if not isinstance(model.base_model, DecoderModel):
         return {**found, "layers": OWN_CLASS}
     none = next((words for words, holds in WITHOUT_KERNELS.items() if holds(model)), None)
+    inside = {module for each in model.modules() if isinstance(each, DecoderAttention) for module in _with_rope(each)}
+    everywhere = [module for module in model.modules() if module not in inside]
     for title, part in PARTS.items():
-        modules = [model.get_output_embeddings()] if title == "loss" else list(model.modules())
+        modules = [model.get_output_embeddings()] if title == "loss" else everywhere
         if of_part := [module for module in modules if isinstance(module, part.types)]:
             found[title] = none or _by_kernels(part, of_part)
     return found

@@ -5,7 +5,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nemo_automodel.components.kernels import qkv_rope as kernels
-from nemo_automodel.components.kernels.qkv_rope import split_and_turn, split_and_turn_reference
+from nemo_automodel.components.kernels.qkv_rope import HeadNorms, split_and_turn, split_and_turn_reference
 from tests.components.kernels.cases import BF16, FP32, assert_equal, assert_graph_rules, assert_near, rope_case
 
 pytestmark = pytest.mark.interpreted
@@ -42,6 +42,26 @@ def test_heads(head_dim: int, rotary: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 def test_shapes(batch: int, sequence: int, shared: bool) -> None:
     assert_near(rope_case(batch, sequence, 2, 2, 8, 6, shared=shared, dtype=FP32))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("head_dim", "rotary", "group"), [(64, 64, 3), (80, 32, 1), (12, 12, 2)])
+def test_norms_of_heads(head_dim: int, rotary: int, group: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights' gradients are sums over programs that take several blocks of tokens each, the last one in part."""
+    monkeypatch.setattr(kernels, "PARTIAL_SUMS", 2)
+    qkv, cos, sin = rope_case(2, 11, 2, group, head_dim, rotary, dtype=FP32).inputs
+    weights = [torch.randn(head_dim) for _ in range(2)]
+    given = [x.detach().requires_grad_() for x in (qkv, *weights)]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    outputs = split_and_turn(given[0], cos, sin, group, head_dim, HeadNorms(*given[1:], 1e-6, offset))
+    expected = split_and_turn_reference(
+        exact[0], cos.double(), sin.double(), group, head_dim, HeadNorms(*exact[1:], 1e-6, offset)
+    )
+    gradients = [torch.randn_like(output) for output in outputs]
+    actual = torch.autograd.grad(outputs, given, gradients)
+    reference = torch.autograd.grad(expected, exact, [gradient.double() for gradient in gradients])
+    for one, other in zip((*outputs, *actual), (*expected, *reference), strict=True):
+        assert (one - other).norm() < 1e-6 * other.norm()  # fp32 operations, a dozen roundings of 6e-8
 
 
 def test_tables_in_fp32_beside_bf16() -> None:

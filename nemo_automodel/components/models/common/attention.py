@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_automodel.components.kernels.launch import runs_on
 from nemo_automodel.components.kernels.linear import Linear
-from nemo_automodel.components.kernels.qkv_rope import split_and_turn
+from nemo_automodel.components.kernels.qkv_rope import HeadNorms, split_and_turn
 from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import (
     CombinedQKVAttentionMixin,
     head_dim_of,
     kv_heads_of,
 )
+from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb, query_growth
 from nemo_automodel.components.models.common.spec import DecoderSpec
 from nemo_automodel.components.models.common.varlen import VARLEN, gap, refuse
@@ -132,10 +133,13 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
 
         ``attention_mask`` is what transformers' mask functions made for the implementation in use.
         """
-        if self.kernels and self.turns and (self.qk_norm is None or self.qk_norm_after_rope) and runs_on(hidden_states):
+        norms = self._norms_before_rope(hidden_states)
+        if self.kernels and self.turns and not isinstance(norms, str) and runs_on(hidden_states):
             assert position_embeddings is not None
             qkv = self.qkv_proj(hidden_states)
-            query, key, value = split_and_turn(qkv, *position_embeddings, self.num_key_value_groups, self.head_dim)
+            query, key, value = split_and_turn(
+                qkv, *position_embeddings, self.num_key_value_groups, self.head_dim, norms
+            )
         else:
             query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in self.compute_qkv(hidden_states))
             if self.qk_norm is not None and not self.qk_norm_after_rope:
@@ -179,6 +183,18 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
             **self.softcap,
             **kwargs,
         )
+
+    def _norms_before_rope(self, hidden_states: Tensor) -> HeadNorms | Literal["other"] | None:
+        """Norms of queries and keys before RoPE: None where there are none, "other" where the kernel has not theirs."""
+        if self.qk_norm is None or self.qk_norm_after_rope:
+            return None
+        q, k = (self.get_submodule(name) for name in ("q_norm", "k_norm"))
+        if not (isinstance(q, RMSNorm) and isinstance(k, RMSNorm) and self.qk_norm == "head"):
+            return "other"
+        hooked = any(norm._forward_hooks or norm._forward_pre_hooks for norm in (q, k))
+        if hooked or not (q.in_kernels(hidden_states) and k.in_kernels(hidden_states)):
+            return "other"
+        return HeadNorms(q.weight, k.weight, q.eps, q.offset)
 
     def _normed(self, name: str, heads: Tensor) -> Tensor:
         """``[B, S, heads, D]``, normalised over each head or over all of them."""

@@ -126,11 +126,14 @@ class RMSNorm(_Norm):
         return total, normed
 
     def fuses(self, hidden_states: Tensor) -> bool:
-        """Whether the kernel computes this norm, in the way that the fields say, on ``hidden_states``."""
+        """Whether `with_residual` computes this norm on ``hidden_states``."""
+        return NARROW <= hidden_states.shape[-1] <= 65536 and self.in_kernels(hidden_states)
+
+    def in_kernels(self, hidden_states: Tensor) -> bool:
+        """Whether kernels, which multiply by the weight in fp32, compute what the fields say on ``hidden_states``."""
         return (
             self.kernels
             and self.weight.ndim == 1
-            and NARROW <= hidden_states.shape[-1] <= 65536
             and runs_on(hidden_states, self.weight)
             and (self.fp32 or (not self.offset and self.weight.dtype == hidden_states.dtype))
             and not torch.compiler.is_compiling()
