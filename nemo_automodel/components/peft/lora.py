@@ -185,26 +185,29 @@ class LoRALinear(nn.Linear):
 
     def write(self, parameters: Sequence[Tensor], into: Tensor) -> None:
         """B of all parts times their scales, in the fused rows, into ``[out_features, rank]``."""
-        for part, b, block in zip(self.updates, parameters[len(self.lora_A) :], self._blocks(into), strict=True):
-            torch.mul(b.view(block.shape), self.updates[part].scale, out=block)
+        for part, b, columns in zip(self.updates, parameters[len(self.lora_A) :], self._columns(into), strict=True):
+            scale = self.updates[part].scale
+            if self.fusion is not None and self.fusion.order_of(part) is not None:
+                self.fusion.write_part(columns, part, b * scale)
+            else:
+                block = columns if self.fusion is None else self.fusion.view(columns, part)
+                torch.mul(b.view(block.shape), scale, out=block)
 
     def gradients(self, of_a: Tensor, of_b: Tensor) -> list[Tensor]:
         """Of each A, then of each B."""
         ranks = [a.shape[0] for a in self.lora_A.values()]
-        blocks = zip(self.updates, self._blocks(of_b), strict=True)
+        parts = zip(self.updates, self._columns(of_b), strict=True)
         return [
             *of_a.split(ranks),
-            *((block * self.updates[part].scale).reshape(-1, block.shape[-1]) for part, block in blocks),
+            *(
+                (columns if self.fusion is None else self.fusion.read_part(columns, part)) * self.updates[part].scale
+                for part, columns in parts
+            ),
         ]
 
-    def _blocks(self, of_b: Tensor) -> list[Tensor]:
-        """Of ``[out_features, rank]``, where each part's B stands, as views ``[groups, block, r]``."""
-        blocks, before = [], 0
-        for part, update in self.updates.items():
-            rows = of_b.unsqueeze(1) if self.fusion is None else self.fusion.view(of_b, part)
-            blocks.append(rows[..., before : before + update.r])
-            before += update.r
-        return blocks
+    def _columns(self, of_b: Tensor) -> list[Tensor]:
+        """Of ``[out_features, rank]``, each part's ``[out_features, r]``, most of whose rows are other parts'."""
+        return list(of_b.split([update.r for update in self.updates.values()], dim=1))
 
     def merged_weight(self) -> Tensor:
         """The weight that gives the adapted output: ``[out_features, in_features]``, fp32, whole on every rank."""
