@@ -17,10 +17,24 @@ MODELS = HERE / "test_models.py"
 GROUPS = {"kernels": [str(HERE), f"--ignore={MODELS}"], "models": [str(MODELS)]}
 
 
-@pytest.mark.skipif(triton is None, reason="needs triton")
+needs_triton = pytest.mark.skipif(triton is None, reason="needs triton")
+
+
+@needs_triton
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreted(group: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "interpreted"]
+    _run(group, "interpreted and not slow")
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("group", GROUPS)
+def test_interpreted_at_length(group: str) -> None:
+    _run(group, "interpreted and slow")
+
+
+def _run(group: str, which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", which]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([*command, *GROUPS[group]], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

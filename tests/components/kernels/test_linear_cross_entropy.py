@@ -46,7 +46,9 @@ def test_nothing_to_predict(rows: int, frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("rows", [128, 129, 257])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(128, marks=pytest.mark.slow), 129, pytest.param(257, marks=pytest.mark.slow)]
+)
 def test_chunks(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which have 128 rows at least; the head's gradient is summed in fp32."""
     chunked = []
