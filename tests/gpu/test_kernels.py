@@ -32,6 +32,7 @@ from tests.components.kernels.cases import (
     FP32,
     ODD,
     Case,
+    assert_equal,
     counted,
     distance,
     gated_case,
@@ -112,6 +113,15 @@ def test_qkv_rope(group: int, head_dim: int, rotary: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (80, 32), (96, 96), (128, 128), (256, 256)])
+def test_norms_of_heads(group: int, head_dim: int, rotary: int, dtype: torch.dtype) -> None:
+    for norms, offset in ((True, 0.0), (True, 1.0), ("frozen", 0.0)):
+        make = partial(rope_case, 2, 531, 2, group, head_dim, rotary, norms=norms, offset=offset)
+        assert_no_further(make, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("vocabulary", [1009, 8192, 32003])
 @pytest.mark.parametrize("chunked", [False, True], ids=["one chunk", "chunks"])
@@ -178,12 +188,6 @@ def test_values_do_not_depend_on_blocks(block: int, tokens: int, warps: int, mon
     monkeypatch.setattr(qkv_rope, "WARPS", warps)
     for case, expected in zip(cases, before, strict=True):
         assert_equal(case.outcome(case.kernel, case.inputs), expected)
-
-
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), f"{name}: {distance(actual[name], value)} apart"
 
 
 def test_what_lies_around_stays() -> None:
@@ -297,6 +301,7 @@ COMPILED: dict[str, Callable[..., Case]] = {
     "norm, no branch, frozen": partial(norm_case, 33, 1100, branch=False, frozen=True),
     "rope": partial(rope_case, 2, 37, 2, 3, 64),
     "rope, partial": partial(rope_case, 2, 37, 2, 3, 80, 32, shared=False),
+    "rope, normed": partial(rope_case, 2, 37, 2, 3, 64, norms=True),
 }
 
 
@@ -309,7 +314,11 @@ def test_compiled(name: str, dynamic: bool) -> None:
     compiled = torch.compile(case.kernel, fullgraph=True, dynamic=dynamic)
     actual = case.outcome(compiled, case.inputs)
     for key, value in expected.items():
-        if name.startswith("norm") and key == "gradient 2":  # a sum over programs, in another order
+        if "norm" in name and key in (
+            "gradient 2",
+            "gradient 3",
+            "gradient 4",
+        ):  # a sum over programs, in another order
             assert distance(actual[key], value) < 2**-8
         else:
             assert torch.equal(actual[key], value), key

@@ -23,7 +23,7 @@ from nemo_automodel.components.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from nemo_automodel.components.kernels.qkv_rope import split_and_turn, split_and_turn_reference
+from nemo_automodel.components.kernels.qkv_rope import HeadNorms, split_and_turn, split_and_turn_reference
 from nemo_automodel.components.layout import GATE_UP, Fusion, qkv_fusion
 from nemo_automodel.components.peft.config import Update
 from nemo_automodel.components.peft.lora import LoRALinear
@@ -160,15 +160,23 @@ def rope_case(
     *,
     shared: bool = True,
     strided: bool = False,
+    norms: bool | str = False,
+    offset: float = 0.0,
     **to: Any,
 ) -> Case:
-    """``shared``: one table for all of the batch."""
+    """``shared``: one table for all of the batch; ``norms``: of heads, "frozen" or not."""
     qkv = values(batch, sequence, kv_heads * (group + 2) * head_dim, strided=strided, **to)
     half = (head_dim if rotary is None else rotary) // 2
     angle = values(1 if shared else batch, sequence, half, grad=False, **to).float()
     tables = [function(torch.cat((angle, angle), -1)).to(qkv.dtype) for function in (torch.cos, torch.sin)]
     shapes = {"group": group, "head_dim": head_dim}
-    return Case(partial(split_and_turn, **shapes), partial(split_and_turn_reference, **shapes), [qkv, *tables])
+    weights = [values(head_dim, grad=norms != "frozen", **to) for _ in range(2 if norms else 0)]
+
+    def on_heads(function: Callable[..., Any], qkv: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> Any:
+        return function(qkv, cos, sin, **shapes, norms=HeadNorms(*weights, EPS, offset) if weights else None)
+
+    functions = [partial(on_heads, function) for function in (split_and_turn, split_and_turn_reference)]
+    return Case(*functions, [qkv, *tables, *weights])
 
 
 def loss_case(
@@ -343,6 +351,9 @@ ODD: dict[str, Callable[..., Case]] = {
     "rope": partial(rope_case, 2, 21, 3, 2, 64),
     "rope, partial": partial(rope_case, 2, 7, 1, 1, 80, 32, shared=False),
     "rope, odd halves, strided": partial(rope_case, 1, 17, 2, 3, 96, 22, strided=True),
+    "rope, normed": partial(rope_case, 2, 21, 3, 2, 64, norms=True),
+    "rope, normed, partial, frozen": partial(rope_case, 2, 7, 1, 1, 80, 32, norms="frozen", offset=1.0, strided=True),
+    "rope, normed, one token": partial(rope_case, 1, 1, 2, 1, 96, 22, norms=True),
     "rope, one token": partial(rope_case, 1, 1, 1, 8, 256),
     "loss": partial(loss_case, 29, 24, 61),
     "loss, capped": partial(loss_case, 5, 16, 9001, 0.7, 3.0),

@@ -22,6 +22,8 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from nemo_automodel.components.kernels import qkv_rope
@@ -47,6 +49,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
         tiny(LlamaConfig, tie_word_embeddings=True, mlp_bias=True, attention_bias=True),
     ),
     "qwen2": (Qwen2ForCausalLM, tiny(Qwen2Config)),
+    "qwen3": (Qwen3ForCausalLM, tiny(Qwen3Config, head_dim=8)),
     "gemma": (GemmaForCausalLM, tiny(GemmaConfig, head_dim=16)),
     "gemma2": (Gemma2ForCausalLM, tiny(Gemma2Config, "eager", head_dim=16, sliding_window=5)),
     "phi3": (Phi3ForCausalLM, tiny(Phi3Config, rope_parameters=PARTIAL, pad_token_id=0)),
@@ -111,7 +114,13 @@ def _step(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("family", "packed"),
-    _first(itertools.product(FAMILIES, (False, True)), ("llama", True), ("qwen2", False), ("gemma", False)),
+    _first(
+        itertools.product(FAMILIES, (False, True)),
+        ("llama", True),
+        ("qwen2", False),
+        ("qwen3", False),
+        ("gemma", False),
+    ),
 )
 def test_full(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     hf, ours = twins(*FAMILIES[family])

@@ -6,7 +6,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nemo_automodel.components.kernels import qkv_rope as kernels
 from nemo_automodel.components.kernels.qkv_rope import HeadNorms, split_and_turn, split_and_turn_reference
-from tests.components.kernels.cases import BF16, FP32, assert_equal, assert_graph_rules, assert_near, rope_case
+from tests.components.kernels.cases import (
+    BF16,
+    FP32,
+    assert_equal,
+    assert_graph_rules,
+    assert_near,
+    assert_noticed,
+    rope_case,
+)
 
 pytestmark = pytest.mark.interpreted
 
@@ -110,6 +118,23 @@ def test_gradients_in_any_order_in_memory() -> None:
     ones = torch.autograd.grad(outs := case.kernel(*case.inputs), qkv, [torch.ones_like(o) for o in outs])
     sums = torch.autograd.grad([o.sum() for o in case.kernel(*case.inputs)], qkv)  # whose strides are zero
     assert torch.equal(sums[0], ones[0])
+
+
+@pytest.mark.parametrize("norms", [True, "frozen"])
+@pytest.mark.parametrize(("head_dim", "rotary"), [(16, 16), (20, 8), (24, 22)])
+def test_norms_of_heads_in_bf16(head_dim: int, rotary: int, norms: bool | str) -> None:
+    case = rope_case(2, 5, 2, 2, head_dim, rotary, norms=norms, offset=1.0, strided=True, shared=False, dtype=BF16)
+    assert_near(case)
+
+
+def test_norms_of_heads_of_no_tokens() -> None:
+    assert_near(rope_case(2, 0, 2, 2, 8, norms=True, dtype=FP32))
+
+
+def test_a_norms_weight_that_changes_is_noticed() -> None:
+    assert_graph_rules(rope_case(2, 3, 2, 1, 8, norms=True, dtype=FP32))
+    assert_noticed(rope_case(2, 3, 2, 1, 8, norms=True, dtype=FP32), 3)
+    assert_noticed(rope_case(2, 3, 2, 1, 8, norms=True, dtype=FP32), 4)
 
 
 def test_queries_alone() -> None:
