@@ -76,9 +76,8 @@ def assert_no_further(make: Callable[..., Case], seeds: int = 3, ratio: float = 
 def test_small_and_odd_shapes(name: str, dtype: torch.dtype) -> None:
     case = ODD[name](dtype=dtype, device=CUDA)
     errors = case.errors()
-    eps = torch.finfo(dtype).eps
-    # some five roundings in a row, each of at most eps / 2, in tensors too small for the mean
-    assert max(errors.values()) < 3 * eps, errors
+    # some five roundings in a row, each of at most eps / 2, in tensors too small for the mean; fp32's own beside them
+    assert max(errors.values()) < 3 * torch.finfo(dtype).eps + 2e-6, errors
 
 
 # --- kernel by kernel

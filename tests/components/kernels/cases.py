@@ -342,8 +342,8 @@ ADAPTED: dict[str, dict[str, Any]] = {
 
 ODD: dict[str, Callable[..., Case]] = {
     "gated": partial(gated_case, 3, 37),
-    "gated, one row of one": partial(gated_case, 1, 1, activation="gelu_pytorch_tanh"),
-    "gated, strided": partial(gated_case, 2, 5, 1030, strided=True),
+    "gated, one row of one": partial(gated_case, 1, 1),
+    "gated, strided": partial(gated_case, 2, 5, 1030, activation="gelu_pytorch_tanh", strided=True),
     "norm": partial(norm_case, 5, 37, offset=1.0),
     "norm, no branch": partial(norm_case, 2, 3, 600, branch=False),
     "norm, frozen, strided": partial(norm_case, 7, 65, frozen=True, strided=True),
