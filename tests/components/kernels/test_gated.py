@@ -23,7 +23,7 @@ pytestmark = pytest.mark.interpreted
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (2, 3, 1300), (1, 1024)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 1, 1300), (1, 1024)])
 @pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
 def test_near_float64(shape: tuple[int, ...], activation: str, dtype: torch.dtype, strided: bool) -> None:
     assert_near(gated_case(*shape, activation=activation, strided=strided, dtype=dtype))

@@ -27,11 +27,11 @@ pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore:invali
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (1, 61), (29, 61), (3, 9001)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (1, 61), (9, 61), (2, 9001)])
 def test_near_float64(rows: int, vocabulary: int, frozen: bool, softcap: float | None, dtype: torch.dtype) -> None:
-    for multiplier in (1.0, 0.7):
+    for multiplier in (1.0, 0.7) if rows == 9 else (0.7,):
         case = loss_case(
-            rows, 24, vocabulary, multiplier, softcap, frozen=frozen, ignored=slice(1, None, 7), dtype=dtype
+            rows, 24, vocabulary, multiplier, softcap, frozen=frozen, ignored=slice(1, None, 4), dtype=dtype
         )
         assert_near(case)
 
@@ -60,7 +60,7 @@ def test_chunks(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     assert len(chunked[0]) == -(-rows // 128)
 
 
-@pytest.mark.parametrize("block", [1, 8, 64])
+@pytest.mark.parametrize("block", [4, 8, 64])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_blocks(block: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = loss_case(3, 16, 61, 0.7, softcap, dtype=FP32)
@@ -169,5 +169,5 @@ def test_a_vocabulary_in_parts() -> None:
 
 
 def test_bits_are_the_same_twice() -> None:
-    case = loss_case(29, 16, 61, dtype=BF16)
+    case = loss_case(5, 16, 61, dtype=BF16)
     assert_equal(case.outcome(case.kernel, case.inputs), case.outcome(case.kernel, case.inputs))

@@ -19,6 +19,12 @@ from tests.components.kernels.cases import (
 pytestmark = pytest.mark.interpreted
 
 
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which the interpreter takes its time; more of them: below."""
+    monkeypatch.setattr(kernels, "TOKENS", 8)
+
+
 def test_the_reference_is_transformers() -> None:
     case = rope_case(2, 5, 3, 2, 8, dtype=FP32, shared=False)
     qkv, cos, sin = (x.double() for x in case.inputs)
@@ -34,7 +40,7 @@ def test_the_reference_is_transformers() -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("group", range(1, 9))
 def test_groups(group: int, dtype: torch.dtype) -> None:
-    assert_near(rope_case(1, 5, 2, group, 16, dtype=dtype))
+    assert_near(rope_case(1, 5, 1 + (group < 3), group, 16, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -53,7 +59,7 @@ def test_shapes(batch: int, sequence: int, shared: bool) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize(("head_dim", "rotary", "group"), [(64, 64, 3), (80, 32, 1), (12, 12, 2)])
+@pytest.mark.parametrize(("head_dim", "rotary", "group"), [(64, 64, 2), (80, 32, 1)])
 def test_norms_of_heads(head_dim: int, rotary: int, group: int, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights' gradients are sums over programs that take several blocks of tokens each, the last one in part."""
     monkeypatch.setattr(kernels, "PARTIAL_SUMS", 2)
@@ -121,7 +127,7 @@ def test_gradients_in_any_order_in_memory() -> None:
 
 
 @pytest.mark.parametrize("norms", [True, "frozen"])
-@pytest.mark.parametrize(("head_dim", "rotary"), [(16, 16), (20, 8), (24, 22)])
+@pytest.mark.parametrize(("head_dim", "rotary"), [(16, 16), (24, 22)])
 def test_norms_of_heads_in_bf16(head_dim: int, rotary: int, norms: bool | str) -> None:
     case = rope_case(2, 5, 2, 2, head_dim, rotary, norms=norms, offset=1.0, strided=True, shared=False, dtype=BF16)
     assert_near(case)
