@@ -70,7 +70,8 @@ def float8_quantize_kernel(  # type: ignore[no-untyped-def]
     if WITH_COLUMNS:
         x *= tl.load(COLUMNS + cols, mask=inside, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(x), 0) / HIGHEST, 1e-30)
-    x = tl.minimum(tl.maximum(x / scale, -HIGHEST), HIGHEST)
+    x = x / scale
+    x = tl.where(x == x, tl.minimum(tl.maximum(x, -HIGHEST), HIGHEST), x)  # what is not a number stays that
     tl.store(OUT + row * n + cols, x.to(OUT.dtype.element_ty), mask=inside)
     tl.store(SCALE + row, scale)
 

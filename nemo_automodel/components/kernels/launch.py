@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 if find_spec("triton") is not None:
@@ -37,6 +37,19 @@ def runs_on(*tensors: Tensor | None) -> bool:
         and not isinstance(tensor, DTensor)
         for tensor in tensors
         if tensor is not None
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` is the forward pass of its class, one of ``types``, and nothing else: no hooks."""
+    return (
+        type(module) in types
+        and "forward" not in module.__dict__
+        and not any(getattr(module, name) for name in _HOOKS)
+        and not any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
     )
 
 

@@ -10,7 +10,7 @@ in the layer's two products, and the wide layers' outputs are not read once more
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,10 @@ from torch.autograd.function import once_differentiable
 from nemo_automodel.components.kernels.add_norm import add_norm_forward
 from nemo_automodel.components.kernels.float8 import product, quantized, transposed
 from nemo_automodel.components.kernels.gated import ACTIVATIONS, gated, gated_backward, gated_forward
-from nemo_automodel.components.kernels.launch import rows, runs_on
+from nemo_automodel.components.kernels.launch import rows, runs_on, untouched
+
+HIGH_RANK = 128
+"""Ranks above it are too much for the kernel that would add their gradient on its way."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class LowRank(Protocol):
     def scale(self) -> Tensor | None:
         """Of the rows of a weight in float8, fp32 ``[out, 1]``; None: the weight is in the input's dtype."""
 
+    writes: int
+    """How often `write` was called by a forward pass, or again before a backward pass."""
+
     def stacked(self, parameters: Sequence[Tensor]) -> Tensor:
         """All A, ``[r, in]``."""
 
@@ -89,16 +95,21 @@ class LowRank(Protocol):
 class Linear(nn.Linear):
     """torch's, that can make its input again in the backward pass."""
 
+    kernels = True
+
     def forward(self, input: "Tensor | Gated") -> Tensor:
         """``[..., in] -> [..., out]``."""
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias) if self.kernels else F.linear(made(input), self.weight, self.bias)
+
+
+def made(x: "Tensor | Gated") -> Tensor:
+    """The input as an ordinary tensor."""
+    return x.made() if isinstance(x, Gated) else x
 
 
 def takes_gated(module: nn.Module) -> bool:
     """Whether ``module`` can be called with `Gated`: it is `Linear` or says so, and no hook waits for a tensor."""
-    if not (isinstance(module, Linear) or getattr(module, "takes_gated", False)):
-        return False
-    return not (module._forward_pre_hooks or module._forward_hooks)
+    return untouched(module, type(module) if getattr(type(module), "takes_gated", False) else Linear)
 
 
 def linear(
@@ -119,7 +130,7 @@ def linear(
     """
     normed = Normed.of(x)
     if low_rank is None and ((not isinstance(x, Gated) and normed is None) or not can_run(x, weight, bias)):
-        return F.linear(x.made() if isinstance(x, Gated) else x, weight, bias)
+        return F.linear(made(x), weight, bias)
     source: Tensor = x.gate_up if isinstance(x, Gated) else x
     recipe: int | Normed | None = ACTIVATIONS[x.activation] if isinstance(x, Gated) else normed
     return _Linear.apply(source, recipe, weight, bias, low_rank, *parameters)
@@ -180,7 +191,7 @@ class _Linear(torch.autograd.Function):
         )
         # not the recipe itself, which would hold its tensors for as long as the loss lives
         ctx.recipe = (normed.eps, normed.offset) if normed else recipe
-        ctx.low_rank = low_rank
+        ctx.low_rank, ctx.writes = low_rank, low_rank and low_rank.writes
         return y.view(*source.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -192,13 +203,12 @@ class _Linear(torch.autograd.Function):
         shape, width = (*grad.shape[:-1], weight.shape[1]), weight.shape[1]
         grad = rows(grad)
         flat = rows(total if source is None else source)
-        grad_x: Any = None
-        grad_t: Any = None
-        a: Any = None
-        x: Any = None
+        grad_x = grad_t = a = x = cast("Any", None)
         if low_rank is not None:
             a = low_rank.stacked(parameters)
             if low_rank.joined is not None:
+                if low_rank.writes != ctx.writes:  # another forward pass wrote other adapters
+                    _written(low_rank, grad, weight, parameters)
                 both = grad @ low_rank.joined
                 grad_x, grad_t = both[:, :width], both[:, width:]
             else:
@@ -212,6 +222,9 @@ class _Linear(torch.autograd.Function):
             x = flat.new_empty(flat.shape[0], width) if with_x else None
             if grad_x is None:
                 gated_forward(flat, x, recipe)
+            elif grad_t is not None and grad_t.shape[1] > HIGH_RANK:
+                grad_x = gated_backward(grad_x.addmm_(grad_t, a), flat, x, recipe)
+                shape = (*shape[:-1], 2 * width)
             else:  # one kernel adds the adapters' part, and makes x as it passes
                 grad_x, shape = gated_backward(grad_x, flat, x, recipe, grad_t, a), (*shape[:-1], 2 * width)
         else:
@@ -270,4 +283,5 @@ def _written(low_rank: LowRank, like: Tensor, weight: Tensor, parameters: Sequen
     else:
         b = low_rank.joined[:, weight.shape[1] :]
     low_rank.write(parameters, b)
+    low_rank.writes += 1
     return b

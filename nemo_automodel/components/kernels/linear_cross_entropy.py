@@ -55,8 +55,13 @@ def linear_cross_entropy(
     Raises:
         ValueError: a ``group`` where the kernels cannot run.
     """
-    if runs_on(hidden, weight) and hidden.dtype == weight.dtype:
-        return _LinearCrossEntropy.apply(hidden, weight, targets, multiplier, softcap or 0.0, group)
+    if len(targets) != len(hidden):
+        raise ValueError(f"{len(targets)} targets for {len(hidden)} rows")
+    kernels = runs_on(hidden, weight) and not torch.is_autocast_enabled(hidden.device.type)
+    if kernels and hidden.dtype == weight.dtype:
+        return _LinearCrossEntropy.apply(
+            hidden, weight, targets, multiplier, softcap or 0.0, group, torch.is_grad_enabled()
+        )
     if group is not None:
         raise ValueError(f"a vocabulary in parts needs the kernels, which do not run on {hidden.dtype} {hidden.device}")
     return linear_cross_entropy_reference(hidden, weight, targets, multiplier, softcap)
@@ -84,12 +89,15 @@ def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
         logits = tl.where(cols < V, _capped(logits, multiplier, softcap, CAP), -float("inf"))
         higher = tl.maximum(highest, logits)
         # a lane that has seen nothing yet is -inf, as is a masked one
-        seen = higher > -float("inf")
+        seen = (higher > -float("inf")) | (logits != logits)  # and what is not a number shows
         total = total * tl.where(seen, tl.exp(highest - higher), 0.0) + tl.where(seen, tl.exp(logits - higher), 0.0)
         highest = higher
     maximum = tl.max(highest, 0)
     tl.store(MAXIMUM + row, maximum)
-    tl.store(SUM + row, tl.sum(tl.where(highest > -float("inf"), total * tl.exp(highest - maximum), 0.0), 0))
+    tl.store(
+        SUM + row,
+        tl.sum(tl.where((highest > -float("inf")) | (total != total), total * tl.exp(highest - maximum), 0.0), 0),
+    )
     target = tl.load(TARGETS + row)
     elsewhere = tl.where((target >= 0) & (target < whole), 0.0, float("nan"))
     here = (target >= first) & (target < first + V)
@@ -156,8 +164,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         multiplier: float,
         softcap: float,
         group: dist.ProcessGroup | None,
+        with_grad: bool,
     ) -> Tensor:
-        with_hidden, with_weight = ctx.needs_input_grad[:2]
+        with_hidden, with_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
         rows_at_once = max(128, CHUNK // weight.shape[0] // 128 * 128)
         chunks = hidden.split(rows_at_once)
         first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
@@ -188,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = [None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in (grad_hidden, grad_weight)]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def _log_sum_exp(

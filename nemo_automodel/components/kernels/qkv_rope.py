@@ -103,7 +103,7 @@ def _weight(P, offset, START: tl.constexpr, STOP: tl.constexpr, BLOCK: tl.conste
 
 
 @jit
-def qkv_rope_kernel(  # type: ignore[no-untyped-def]
+def qkv_rope_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915 (both ways share every address)
     QKV, RAW, COS, SIN, Q, K, V, Q_WEIGHT, K_WEIGHT, GRAD_WEIGHT,
     tokens, sequence, table_batch_stride, table_stride, qkv_stride, raw_stride,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, eps, offset,
@@ -210,7 +210,7 @@ def _launch(
     norm: tuple[Tensor | None, Tensor | None, float, float],
     with_weight: bool = False,
 ) -> Tensor | None:
-    """Forward into ``parts``, or, with ``raw``, backward from them into ``qkv``; gives norm weights' partial gradients."""
+    """Forward into ``parts``, or, with ``raw``, backward from them into ``qkv``; norm weights' partial gradients."""
     batch, sequence, heads, head_dim = parts[1].shape
     q_weight, k_weight, eps, offset = norm
     programs = -(-batch * sequence // TOKENS)

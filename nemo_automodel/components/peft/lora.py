@@ -41,8 +41,7 @@ class LoRALinear(nn.Linear):
         lora_A: part name (with ``share_a``: the fused name) -> ``[r, in_features]``.
         lora_B: part name -> ``[rows of the part, r]``.
         lora_magnitude: with DoRA, part name -> ``[rows of the part]``; else empty.
-
-        joined: ``[W | B]``, ``[out_features, in_features + r]``, once `join` made it; ``weight`` is then a view of it.
+        kernels: whether to use the library's own where they can run; the base layer's choice.
         scale: of the rows of ``weight``, fp32 ``[out_features, 1]``, once `quantize` put it in float8.
 
     Raises:
@@ -50,7 +49,8 @@ class LoRALinear(nn.Linear):
     """
 
     takes_gated = True
-    joined: Tensor | None = None
+    writes: int = 0
+    _joined: Tensor | None = None
     scale: Tensor | None
 
     def __init__(
@@ -67,7 +67,8 @@ class LoRALinear(nn.Linear):
     ):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("scale", None)  # in state dicts, where there is one: the weight means nothing without
+        self.kernels = getattr(base, "kernels", True)
         self.fusion = fusion
         self.parts = fusion.parts if fusion else (name,)
         self.updates = {part: updates[part] for part in self.parts if part in updates}
@@ -103,8 +104,8 @@ class LoRALinear(nn.Linear):
             x = x.made()
         if self.scale is not None:
             raise ValueError(
-                f"a weight in float8 takes inputs and adapters in one dtype, outside autocast; got {x.dtype}, "
-                f"adapters {next(iter(self.lora_A.values())).dtype}"
+                "a weight in float8 takes inputs and adapters in one dtype, outside autocast and torch.compile; got "
+                f"{x.dtype}, adapters {next(iter(self.lora_A.values())).dtype}"
             )
         a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B))
         dropped = self.dropout(x)
@@ -124,7 +125,8 @@ class LoRALinear(nn.Linear):
         adapters = (*self.lora_A.values(), *self.lora_B.values())
         if self.scale is not None:
             return can_run(x, self.bias, *adapters, anywhere=True)
-        return self._plain and not self.weight.requires_grad and can_run(x, self.weight, self.bias, *adapters)
+        ready = self.kernels and self._plain and not self.weight.requires_grad
+        return ready and can_run(x, self.weight, self.bias, *adapters)
 
     @property
     def _plain(self) -> bool:
@@ -133,7 +135,8 @@ class LoRALinear(nn.Linear):
     def can_join(self) -> bool:
         """Whether `join` would serve: the kernels compute this layer, and rows stay where 16 bytes are read at once."""
         return (
-            self._plain
+            self.kernels
+            and self._plain
             and self.scale is None
             and runs_on(self.weight)
             and self.rank * self.weight.element_size() % 16 == 0
@@ -148,25 +151,57 @@ class LoRALinear(nn.Linear):
         joined = self.weight.new_zeros(self.out_features, self.in_features + self.rank)
         joined[:, : self.in_features] = self.weight
         self.weight.data = joined[:, : self.in_features]
-        self.joined = joined
+        self._joined = joined
+
+    @property
+    def joined(self) -> Tensor | None:
+        """``[W | B]``, ``[out_features, in_features + r]``, once `join` made it, while ``weight`` is a view of it.
+
+        Whatever moves, casts, copies or replaces the weight ends that.
+        """
+        joined, weight = self._joined, self.weight
+        if joined is not None and (
+            weight.data_ptr() != joined.data_ptr()
+            or (weight.device, weight.dtype, weight.stride()) != (joined.device, joined.dtype, joined.stride())
+        ):
+            joined = self._joined = None
+        return joined
 
     @torch.no_grad()
     def quantize(self) -> None:
         """Keep the weight in float8, half as large and twice as fast where the hardware has it, for good.
 
         Raises:
-            ValueError: DoRA, a shared A or dropout, which need the weight as it was.
+            ValueError: DoRA, a shared A or dropout, which need the weight as it was; on a GPU another dtype than
+                bfloat16, or sizes that its products do not take.
         """
         if not self._plain:
             raise ValueError("lora.base_dtype=float8 goes with plain LoRA: without dora, share_a and dropout")
+        if self.scale is not None:
+            return
+        if self.weight.is_cuda and (self.weight.dtype != torch.bfloat16 or any(n % 16 for n in self.weight.shape)):
+            raise ValueError(
+                "lora.base_dtype=float8 takes bfloat16 models and layers of multiples of 16 channels; this one is "
+                f"{str(self.weight.dtype).removeprefix('torch.')} {list(self.weight.shape)}"
+            )
+        self.separate()
         rows, scale = quantized_reference(self.weight)
         self.weight = nn.Parameter(rows, requires_grad=False)
         self.scale = scale
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
+        # .to(bfloat16) would make numbers of float8's codes, and round their scales
+        weight, scale = self.weight, self.scale
+        super()._apply(fn, recurse)
+        if scale is not None:
+            self.weight = nn.Parameter(weight.to(self.weight.device), requires_grad=False)
+            self.scale = scale.to(self.weight.device)
+        return self
+
     def separate(self) -> None:
         """Undo `join`."""
         if self.joined is not None:
-            self.weight.data, self.joined = self.weight.data.contiguous(), None
+            self.weight.data, self._joined = self.weight.data.contiguous(), None
 
     @property
     def room(self) -> int:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nemo_automodel.components.kernels.launch import runs_on
+from nemo_automodel.components.kernels.launch import runs_on, untouched
 from nemo_automodel.components.kernels.linear import Linear
 from nemo_automodel.components.kernels.qkv_rope import HeadNorms, split_and_turn
 from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
@@ -78,8 +78,17 @@ SDPA_ORDER = [
 
 def _fastest_sdpa(query: Tensor, attention_mask: Tensor | None) -> AbstractContextManager[None]:
     """cuDNN's attention first, where sdpa is causal and without a mask, in half precision on a GPU."""
+    flags = torch.backends.cuda
+    all_on = all(  # somebody's own choice stays
+        (
+            flags.cudnn_sdp_enabled(),
+            flags.flash_sdp_enabled(),
+            flags.mem_efficient_sdp_enabled(),
+            flags.math_sdp_enabled(),
+        )
+    )
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if not (query.is_cuda and half and attention_mask is None) or torch.compiler.is_compiling():
+    if not (query.is_cuda and half and attention_mask is None and all_on) or torch.compiler.is_compiling():
         return nullcontext()
     return sdpa_kernel(SDPA_ORDER, set_priority=True)
 
@@ -191,8 +200,12 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         q, k = (self.get_submodule(name) for name in ("q_norm", "k_norm"))
         if not (isinstance(q, RMSNorm) and isinstance(k, RMSNorm) and self.qk_norm == "head"):
             return "other"
-        hooked = any(norm._forward_hooks or norm._forward_pre_hooks for norm in (q, k))
-        if hooked or not (q.in_kernels(hidden_states) and k.in_kernels(hidden_states)):
+        if not (
+            untouched(q, RMSNorm)
+            and untouched(k, RMSNorm)
+            and q.in_kernels(hidden_states)
+            and k.in_kernels(hidden_states)
+        ):
             return "other"
         return HeadNorms(q.weight, k.weight, q.eps, q.offset)
 

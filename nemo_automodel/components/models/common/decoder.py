@@ -21,6 +21,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from nemo_automodel.components.kernels.launch import untouched
+from nemo_automodel.components.kernels.linear import Linear
 from nemo_automodel.components.kernels.linear_cross_entropy import linear_cross_entropy
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
@@ -100,7 +102,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor]:
         """The residual stream with ``branch`` added to it, and what the next branch, by its ``reader``, reads."""
         norm = None if name is None else self._modules[name]
-        if isinstance(norm, RMSNorm) and norm.fuses(stream) and not (norm._forward_hooks or norm._forward_pre_hooks):
+        if isinstance(norm, RMSNorm) and untouched(norm, RMSNorm) and norm.fuses(stream):
             return norm.with_residual(stream, branch, reader)
         stream = stream if branch is None else stream + branch
         return stream, self._norm(name, stream)
@@ -394,8 +396,7 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
 
     def _cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         head, spec = self.lm_head, self.model.spec
-        hooked = bool(head._forward_hooks or head._forward_pre_hooks)
-        if self.backend.kernels == "auto" and type(head) is nn.Linear and head.bias is None and not hooked:
+        if self.backend.kernels == "auto" and untouched(head, nn.Linear, Linear) and head.bias is None:
             weight = head.weight
             return linear_cross_entropy(hidden_states, weight, targets, spec.logits_multiplier, spec.logits_softcap)
         return F.cross_entropy(self._logits(hidden_states).float(), targets, reduction="sum")

@@ -121,6 +121,8 @@ class RMSNorm(_Norm):
         room = getattr(reader, "room", 0)
         total, normed, rstd = add_norm(residual, branch, self.weight, self.eps, self.offset, room)
         assert rstd is not None
+        if reader is None:
+            return total, normed
         # a linear layer that reads it need not keep it
         Normed(total, self.weight, rstd, self.eps, self.offset, room).mark(normed)
         return total, normed
