@@ -206,7 +206,11 @@ def test_made_again(family: str, adapters: str | None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [None, *ADAPTERS])
 def test_bf16_is_as_near_float64_as_torchs_operations(adapters: str | None) -> None:
-    """Mean over seeds of the mean over all gradients."""
+    """Mean over seeds of the mean over all gradients, in a model small in its numbers.
+
+    With weights and adapters as large as in the other tests attention saturates, and bf16's errors grow to tens of per
+    cent in one seed or another, with or without kernels.
+    """
     errors: dict[str, float] = {"kernels": 0.0, "torch": 0.0, "joined": 0.0}
     for seed in range(4):
         config = tiny(LlamaConfig, hidden_size=64, intermediate_size=96)
@@ -217,6 +221,9 @@ def test_bf16_is_as_near_float64_as_torchs_operations(adapters: str | None) -> N
             models[name].bfloat16()
             if adapters is not None:
                 _adapted(models[name], ADAPTERS[adapters], joined=name == "joined")
+            with torch.no_grad():
+                for key, parameter in models[name].named_parameters():
+                    parameter.mul_(0.25 if "lora_" in key else 0.5 if parameter.ndim == 2 else 1)
         exact = copy.deepcopy(models["torch"]).double()
         for _, layer in lora_layers(models["torch"]):
             layer._fuses = lambda x: False  # type: ignore[method-assign, assignment]
