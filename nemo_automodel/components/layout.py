@@ -58,15 +58,21 @@ class Interleaved:
         return (torch.arange(0, rows, self.head_dim)[:, None] + head).flatten()
 
 
+CPU = torch.device("cpu")
+
 RowOrder = Concatenated | Interleaved
 """In which order a checkpoint keeps the rows of a part."""
 
 
 @cache
-def _order(order: RowOrder, rows: int) -> tuple[Tensor, Tensor]:
-    """The order's ``hf_rows``, and its inverse."""
-    hf = order.hf_rows(rows)
-    return hf, torch.argsort(hf)
+def _order(order: RowOrder, rows: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """The order's ``hf_rows``, and its inverse, on ``device``: sent there once, for the host waits for it."""
+    with torch.inference_mode(False):  # whoever asks first, the answer is for backward passes too
+        if device != CPU:
+            hf, inverse = _order(order, rows)
+            return hf.to(device), inverse.to(device)
+        hf = order.hf_rows(rows)
+        return hf, torch.argsort(hf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,16 +169,16 @@ class Fusion:
 
     def _ordered(self, value: Tensor, part: str) -> Tensor:
         if (order := self.order_of(part)) is not None:
-            value = value.index_select(0, _order(order, value.shape[0])[0].to(value.device))
+            value = value.index_select(0, _order(order, value.shape[0], value.device)[0])
         if self.columns is not None:
-            value = value.index_select(-1, _order(self.columns, value.shape[-1])[0].to(value.device))
+            value = value.index_select(-1, _order(self.columns, value.shape[-1], value.device)[0])
         return value
 
     def _restored(self, value: Tensor, part: str, dim: int = 0) -> Tensor:
         if (order := self.order_of(part)) is not None:
-            value = value.index_select(dim, _order(order, value.shape[dim])[1].to(value.device))
+            value = value.index_select(dim, _order(order, value.shape[dim], value.device)[1])
         if self.columns is not None:
-            value = value.index_select(-1, _order(self.columns, value.shape[-1])[1].to(value.device))
+            value = value.index_select(-1, _order(self.columns, value.shape[-1], value.device)[1])
         return value
 
     def hf_columns(self, columns: int) -> Tensor | None:
