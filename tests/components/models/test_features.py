@@ -108,6 +108,7 @@ def of_classes(model_class: Any) -> Iterator[str]:
         for owner in family.__mro__:
             if owner.__module__.startswith(package):
                 own = (name for name in vars(owner) if name not in left_out and not name.startswith("__"))
+                own = (name for name in own if not name.endswith("_cached_value"))  # which transformers leaves there
                 yield from (f"{title}.{name}" for name in own)
 
 
