@@ -21,16 +21,15 @@ needs_triton = pytest.mark.skipif(triton is None, reason="needs triton")
 
 
 @needs_triton
-@pytest.mark.parametrize("group", GROUPS)
-def test_interpreted(group: str) -> None:
-    _run(group, "interpreted and not slow")
+def test_interpreted() -> None:
+    _run("kernels", "interpreted and not slow")
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("group", GROUPS)
-def test_interpreted_at_length(group: str) -> None:
-    _run(group, "interpreted and slow")
+@pytest.mark.parametrize(("group", "which"), [("kernels", "interpreted and slow"), ("models", "interpreted")])
+def test_interpreted_at_length(group: str, which: str) -> None:
+    _run(group, which)
 
 
 def _run(group: str, which: str) -> None:
