@@ -9,6 +9,15 @@ import torch
 from nemo_automodel.components.kernels import launch
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`test_interpreted` runs them: ``-m slow`` by itself takes none of them."""
+    if launch.INTERPRETED or "interpreted" in config.option.markexpr:
+        return
+    others = [item for item in items if item.get_closest_marker("interpreted")]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
 @pytest.fixture(autouse=True)
 def _interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("interpreted") is None:
