@@ -117,13 +117,12 @@ def written(page: str, reports: Sequence[Mapping[str, Any]] = ()) -> str:
 
 
 def families() -> dict[str, list[str]]:
-    """Family, in the registry's order -> its architectures, the language model first."""
+    """Family -> its architectures, in the registry's order."""
     found: dict[str, list[str]] = {}
     for architecture, (module, *_) in registry.MODEL_ARCH_MAPPING.items():
         if module.startswith(f"{_MODELS}."):
             found.setdefault(module.split(".")[-2], []).append(architecture)
-    # whoever registers an architecture again puts it last
-    return {name: sorted(own, key=lambda each: ("CausalLM" not in each, each)) for name, own in found.items()}
+    return found
 
 
 def _counts(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,9 @@ class TestTransformersOwnClass:
 
     @pytest.fixture
     def mistral(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.delitem(registry.MODEL_ARCH_MAPPING, "MistralForCausalLM")
+        others = OrderedDict(registry.MODEL_ARCH_MAPPING)  # a copy: an item that comes back would be the last
+        del others["MistralForCausalLM"]
+        monkeypatch.setattr(registry, "MODEL_ARCH_MAPPING", others)
         config = tiny(MistralConfig, sliding_window=None)
         randomize(MistralForCausalLM(config)).save_pretrained(tmp_path / "mistral")
         return tmp_path / "mistral"
