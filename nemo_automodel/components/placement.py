@@ -1,4 +1,4 @@
-"""Tensors that may be sharded: the whole of one, and whole values into one. A leaf."""
+"""Tensors that may be sharded (the whole of one, whole values into one), and on their way to a device. A leaf."""
 
 import torch
 from torch import Tensor
@@ -28,3 +28,10 @@ def fill(tensor: Tensor, value: Tensor) -> None:
         ).to_local()
         tensor = local
     tensor.copy_(value)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a GPU from pinned memory, so that the copy waits its turn and the host does not."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

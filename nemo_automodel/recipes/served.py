@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nemo_automodel.components.kernels import launch
+from nemo_automodel.components.kernels.add_norm import WIDEST
 from nemo_automodel.components.kernels.gated import ACTIVATIONS
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from nemo_automodel.recipes.train import ModelConfig
 
 KERNELS = "Triton kernels"
-WIDEST_NORM = 65536
 
 Test = Callable[[Any], Any]
 
@@ -48,7 +48,7 @@ PARTS = {
             "layer norms": lambda norm: isinstance(norm, LayerNorm),
             "norms with a weight for each head": lambda norm: norm.weight.ndim > 1,
             f"norms of fewer than {NARROW} channels": lambda norm: norm.weight.shape[-1] < NARROW,
-            f"norms of more than {WIDEST_NORM} channels": lambda norm: norm.weight.shape[-1] > WIDEST_NORM,
+            f"norms of more than {WIDEST} channels": lambda norm: norm.weight.shape[-1] > WIDEST,
             "an offset added in low precision": lambda norm: norm.offset and not norm.fp32,
         },
     ),

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from nemo_automodel.components.models.common.varlen import VARLEN, Documents
+from nemo_automodel.components.placement import sent
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """``batch`` on ``device``; to a GPU from pinned memory, so that the copy waits its turn and the host does not.
+    """``batch`` on ``device``, without waiting for it.
 
     Labels stay where they are: which positions have one is asked on the host.
     An ``attention_mask`` that only tells of padding on the right is left out: no token of a causal model sees what
@@ -22,8 +23,7 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
         if name == "labels":
             moved[name] = value
         elif name != "attention_mask" or not _on_the_right(value):
-            pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
-            moved[name] = pinned.to(device, non_blocking=True)
+            moved[name] = sent(value, device)
     return moved
 
 
@@ -33,7 +33,7 @@ def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devic
     config = getattr(model, "config", None)
     if "position_ids" in batch and getattr(config, "_attn_implementation", None) == VARLEN:
         bounds, longest = Documents.of(batch["position_ids"])
-        inputs |= Documents(to_device({"bounds": bounds}, device)["bounds"], longest).as_inputs()
+        inputs |= Documents(sent(bounds, device), longest).as_inputs()
     return inputs
 
 

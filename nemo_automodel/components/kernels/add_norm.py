@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.launch import jit, power_of_two, rows, runs_on, tl, wrapped
 
+WIDEST = 65536
+"""Channels of a row that one program can hold."""
+
 PROGRAMS_PER_PROCESSOR = 8
 """Of the backward kernel, which adds up the weight's gradient over the rows that a program has."""
 
@@ -43,7 +46,7 @@ def add_norm(
     Returns:
         The sum; the norm; the root mean squares' inverses, fp32 ``[rows]``, None from the reference.
     """
-    if runs_on(residual, branch, weight) and residual.shape[-1] <= 65536:
+    if runs_on(residual, branch, weight) and residual.shape[-1] <= WIDEST:
         total, normed, rstd = _AddNorm.apply(residual, branch, weight, eps, offset, room)
         return total, normed, rstd
     return *add_norm_reference(residual, branch, weight, eps, offset), None

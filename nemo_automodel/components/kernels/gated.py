@@ -19,6 +19,8 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 BLOCK = 1024
 TILE, TILE_WARPS = (16, 128), 4
 """Rows and pairs of the backward kernel's programs where it takes a product on its way (16 rows are the least)."""
+HIGH_RANK = 128
+"""Above it the product's operands are too much for a program."""
 
 
 def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
@@ -135,6 +137,8 @@ def gated_backward(
         left: ``[rows, r]``; with it ``left @ right`` is added to ``grad``.
         right: ``[r, width]``.
     """
+    if left is not None and right is not None and right.shape[0] > HIGH_RANK:
+        grad, left, right = torch.addmm(grad, left, right), None, None
     count, width = grad.shape
     grad_gate_up = torch.empty((count, 2 * width), dtype=gate_up.dtype, device=gate_up.device)
     rank = 0 if left is None or right is None else max(16, power_of_two(right.shape[0]))

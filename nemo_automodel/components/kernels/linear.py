@@ -22,9 +22,6 @@ from nemo_automodel.components.kernels.float8 import product, quantized, transpo
 from nemo_automodel.components.kernels.gated import ACTIVATIONS, gated, gated_backward, gated_forward
 from nemo_automodel.components.kernels.launch import rows, runs_on, untouched
 
-HIGH_RANK = 128
-"""Ranks above it are too much for the kernel that would add their gradient on its way."""
-
 
 @dataclass(frozen=True)
 class Gated:
@@ -222,9 +219,6 @@ class _Linear(torch.autograd.Function):
             x = flat.new_empty(flat.shape[0], width) if with_x else None
             if grad_x is None:
                 gated_forward(flat, x, recipe)
-            elif grad_t is not None and grad_t.shape[1] > HIGH_RANK:
-                grad_x = gated_backward(grad_x.addmm_(grad_t, a), flat, x, recipe)
-                shape = (*shape[:-1], 2 * width)
             else:  # one kernel adds the adapters' part, and makes x as it passes
                 grad_x, shape = gated_backward(grad_x, flat, x, recipe, grad_t, a), (*shape[:-1], 2 * width)
         else:

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from nemo_automodel.components.kernels.launch import jit, runs_on, tl, wrapped
 
 IGNORE = -100
+"""Label of a token that is not to be predicted."""
+
 CHUNK = 2**28
 """Logits of one chunk, at most."""
 BLOCK, WARPS = 8192, 16

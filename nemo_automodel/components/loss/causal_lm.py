@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-"""Label of a token that is not to be predicted."""
-
+from nemo_automodel.components.kernels.linear_cross_entropy import IGNORE
+from nemo_automodel.components.placement import sent
 
 DENSE = 0.75
 """Share of the positions from which on picking those that count costs more than it spares."""
@@ -43,17 +41,10 @@ def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tens
     positions = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
     if len(positions) < DENSE * targets.shape[1]:
         targets = targets[:, positions]
-        inputs["logits_to_keep"] = _on(device, positions)
-    targets = _on(device, targets)
+        inputs["logits_to_keep"] = sent(positions, device)
+    targets = sent(targets, device)
     if getattr(model, "takes_targets", False):
         loss: Tensor = model(**inputs, targets=targets, use_cache=False).loss
         return loss
     logits = model(**inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    """``tensor`` on ``device``, without waiting for it."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

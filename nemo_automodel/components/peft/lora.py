@@ -285,7 +285,7 @@ class LoRALinear(nn.Linear):
 
 def _factors(layer: LoRALinear, a: Sequence[Tensor], b: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The update as one product: A ``[ranks, in]`` and B ``[out, ranks]`` in the fused rows, B times its scale."""
-    stacked = torch.cat(list(a)) if len(a) > 1 else a[0]
+    stacked = layer.stacked(a)
     scaled = {part: value * layer.updates[part].scale for part, value in b.items()}
     if layer.fusion is None:
         return stacked, scaled[layer.parts[0]]

@@ -373,13 +373,12 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert outputs.last_hidden_state is not None
         hidden_states = outputs.last_hidden_state
-        if isinstance(keep, Tensor):
-            hidden_states = hidden_states.index_select(1, keep)  # whose gradient needs no sorting
+        if isinstance(logits_to_keep, Tensor):
+            hidden_states = hidden_states.index_select(1, logits_to_keep)  # whose gradient needs no sorting
         elif logits_to_keep:
-            hidden_states = hidden_states[:, keep]
+            hidden_states = hidden_states[:, -logits_to_keep:]
         if targets is not None:
             return CausalLMOutputWithPast(loss=self._cross_entropy(hidden_states.flatten(0, 1), targets.flatten()))
         logits = self._logits(hidden_states)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_automodel.components.kernels.add_norm import add_norm
+from nemo_automodel.components.kernels.add_norm import WIDEST, add_norm
 from nemo_automodel.components.kernels.launch import runs_on
 from nemo_automodel.components.kernels.linear import Normed
 
@@ -129,7 +129,7 @@ class RMSNorm(_Norm):
 
     def fuses(self, hidden_states: Tensor) -> bool:
         """Whether `with_residual` computes this norm on ``hidden_states``."""
-        return NARROW <= hidden_states.shape[-1] <= 65536 and self.in_kernels(hidden_states)
+        return NARROW <= hidden_states.shape[-1] <= WIDEST and self.in_kernels(hidden_states)
 
     def in_kernels(self, hidden_states: Tensor) -> bool:
         """Whether kernels, which multiply by the weight in fp32, compute what the fields say on ``hidden_states``."""
