@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_automodel.components.data import Batch, Example, collate
 from nemo_automodel.components.metrics import peak_memory_gb
-from nemo_automodel.components.optim import MasterAdamW, OptimConfig
+from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.config import ConfigError, arg, load_config, required
-from nemo_automodel.recipes.building import auto_dtype, build_model
+from nemo_automodel.recipes.building import auto_dtype, build_model, build_optimizer
 from nemo_automodel.recipes.flops import matmul_peak
 from nemo_automodel.recipes.served import served
 from nemo_automodel.recipes.step_parts import BACKWARD, OTHER, PARTS, PartTimer, between, kernel_table, now
@@ -138,8 +138,7 @@ def our_job(config: BenchConfig, device: torch.device) -> Job:
     """This library's: built, adapted and trained by what `automodel train` uses."""
     torch.manual_seed(config.train.seed)
     model = build_model(cast("TrainConfig", config), None, device)
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    optimizer = MasterAdamW(trained, config.optim, config.train.seed)
+    optimizer = build_optimizer(model, config.optim, config.train.seed)
     size = config.train.micro_batch_size or config.train.batch_size
 
     def step(batch: Batch, lr: float = config.optim.lr) -> Any:

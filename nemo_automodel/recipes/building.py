@@ -3,12 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import fully_shard_layers
 from nemo_automodel.components.models.common.varlen import VARLEN, device_gap, refuse
+from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.components.together import Together
 from nemo_automodel.recipes.served import why_not_varlen
@@ -93,6 +95,11 @@ def build_model(
     if why_not_varlen(model, options, packing) is None:
         model.set_attn_implementation(VARLEN)
     return model.train()
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, seed: int) -> MasterAdamW:
+    """The optimizer of what ``model`` trains."""
+    return MasterAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), optim, seed)
 
 
 def _check_float8(device: torch.device, several: bool) -> None:

@@ -28,7 +28,7 @@ from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
-from nemo_automodel.recipes.building import build_model, pick_device
+from nemo_automodel.recipes.building import build_model, build_optimizer, pick_device
 from nemo_automodel.recipes.checks import (
     FORMAT,
     blame,
@@ -233,8 +233,7 @@ class Run:
             check_packing(self.model, self.device)
         if self.together.rank:  # each rank its own dropout
             torch.manual_seed(config.train.seed + self.together.rank)
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self.optimizer = MasterAdamW(trained, config.optim, config.train.seed)
+        self.optimizer = build_optimizer(self.model, config.optim, config.train.seed)
         self.done, self.loss = 0, float("nan")
         self.val_loss: float | None = None
         self._validated_at = 0

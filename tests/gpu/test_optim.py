@@ -22,12 +22,12 @@ from nemo_automodel.components.kernels.adamw import BLOCK, Hyper, Slot, adamw, a
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import LoRAConfig, apply_lora
 from nemo_automodel.config import load_config
-from nemo_automodel.recipes import train as recipe
-from nemo_automodel.recipes.train import TrainConfig, TrainingError, train, train_step
+from nemo_automodel.recipes.train import TrainConfig, train, train_step
 from nemo_automodel.recipes.transfer import Numbers
 from tests.components.kernels.test_adamw import BF16, FP32, HYPER, KINDS, bits, slot, state
 from tests.conftest import tiny, tokens
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
+from tests.recipes.test_train import assert_nan_changes_nothing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -163,21 +163,7 @@ def test_state_in_bytes() -> None:
 
 def test_nan_stops_before_the_weights_change(overrides: Callable[..., list[str]]) -> None:  # noqa: F811
     """The next step, whose gradients are finite, is queued before the host hears of it."""
-    training = recipe.Run(load_config(TrainConfig, None, overrides(train__max_steps=4)), lambda line: None)
-    assert training.ahead == 1
-    training.step(1)
-    before = {name: value.clone() for name, value in training.model.state_dict().items()}
-    weight = training.model.model.norm.weight
-    weight.data[0] = float("nan")
-    training.step(2)
-    weight.data.copy_(before["model.norm.weight"])
-    training.step(3)
-    rows_read = training.rows(until=3)
-    assert next(rows_read)[0] == 1
-    with pytest.raises(TrainingError, match="step 2: the loss is nan and the gradients' norm is nan"):
-        next(rows_read)
-    after = training.model.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert assert_nan_changes_nothing(overrides(train__max_steps=4)).ahead == 1
 
 
 @pytest.mark.parametrize(("masters", "moments"), OPTIONS)

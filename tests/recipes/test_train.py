@@ -240,8 +240,11 @@ def test_a_missing_file_is_named_with_its_key(overrides: Overrides, key: str, va
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nan_stops_before_the_weights_change(overrides: Overrides, dtype: str) -> None:
     """Also where the next step, whose gradients are finite, was queued before the host knew."""
-    config = load_config(TrainConfig, None, overrides(train__max_steps=4, model__dtype=dtype))
-    training = recipe.Run(config, lambda line: None)
+    assert_nan_changes_nothing(overrides(train__max_steps=4, model__dtype=dtype))
+
+
+def assert_nan_changes_nothing(words: list[str]) -> recipe.Run:
+    training = recipe.Run(load_config(TrainConfig, None, words), lambda line: None)
     training.step(1)
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
     weight = training.model.model.norm.weight
@@ -255,6 +258,7 @@ def test_nan_stops_before_the_weights_change(overrides: Overrides, dtype: str) -
         next(rows)
     after = training.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    return training
 
 
 def test_reading_a_step_later_changes_nothing(
