@@ -35,6 +35,17 @@ from nemo_automodel.components.peft import PeftAdapter
 logger = logging.getLogger(__name__)
 
 
+def read_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a checkpoint folder, or of a Hub id's.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = fetch(path, weights=False, code=trust_remote_code)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return config
+
+
 class _NeMoAutoModel:
     """What the auto classes share; each names transformers' class for the same task."""
 

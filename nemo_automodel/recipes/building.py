@@ -4,15 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
-from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
+from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM, read_config
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
-from nemo_automodel.components.distributed import fully_shard_layers
+from nemo_automodel.components.distributed import ALONE, Mesh, Options, parallelize
+from nemo_automodel.components.distributed.mesh import Divided, check_divides
+from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.models.common.varlen import VARLEN, device_gap, refuse
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.components.together import Together
+from nemo_automodel.recipes.checks import blame
 from nemo_automodel.recipes.served import why_not_varlen
 
 if TYPE_CHECKING:
@@ -43,8 +45,43 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
+    """The ranks of this run by axis; all ranks call this.
+
+    Raises:
+        ValueError: sizes that are not those of the ranks there are, or that the model or the data does not divide into.
+    """
+    sizes = config.mesh.sizes(Together().size)
+    mesh = Mesh(sizes, device.type, config.mesh.sequence_parallel)
+    if mesh.size == 1:
+        return mesh
+    each = mesh.sequence_cut
+    if config.data.packing and config.data.max_length % each:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} must be a multiple of {each}, over which {mesh} cuts sequences"
+        )
+    with blame("model.path"):
+        model = read_config(config.model.path, config.model.trust_remote_code)
+    kv_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    check_divides(
+        mesh,
+        [
+            Divided("KV heads", kv_heads, "tp"),
+            Divided("rows of the MLP", model.intermediate_size, "tp"),
+            Divided("KV heads", kv_heads, "cp", mesh.tp),
+        ],
+    )
+    if mesh.pp > model.num_hidden_layers:
+        raise ValueError(f"mesh: pp={mesh.pp} stages of the {model.num_hidden_layers} layers: some would have none")
+    return mesh
+
+
 def build_model(
-    config: "TrainConfig", resumed: TrainingCheckpoint | None, device: torch.device, packing: bool = False
+    config: "TrainConfig",
+    resumed: TrainingCheckpoint | None,
+    device: torch.device,
+    packing: bool = False,
+    mesh: Mesh = ALONE,
 ) -> "PreTrainedModel":
     """The model to train, in training mode, with adapters at their start; on several ranks, this rank's shards of it.
 
@@ -54,7 +91,7 @@ def build_model(
     Raises:
         ValueError: varlen attention is asked for where it does not run.
     """
-    options, several = config.model, Together().size > 1
+    options, several = config.model, mesh.size > 1
     dtype = DTYPES.get(options.dtype, auto_dtype(device))
     if (options.attn_implementation or options.backend.attn) == VARLEN:
         refuse(device_gap(device, dtype))
@@ -64,14 +101,16 @@ def build_model(
     def prepare(model: Any) -> None:
         if config.lora is not None:
             apply_lora(model, config.lora, layout_of(model))
-        if options.gradient_checkpointing:
-            # transformers 5.23 renamed it; 5.17 has the old name only
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        if several:
-            # torch's default is a mesh of GPUs wherever there are some, also for ranks that compute on the CPU
-            mesh = init_device_mesh(device.type, (Together().size,))
-            fully_shard_layers(model, set(model._no_split_modules), mesh)
+        parallelize(
+            model,
+            mesh,
+            Options(
+                tp_plan=tp_plan_of(model) if mesh.tp > 1 else {},
+                checkpointing=options.gradient_checkpointing,
+                compile=options.compile,
+                cpu_offload=options.cpu_offload,
+            ),
+        )
 
     common: dict[str, Any] = {
         "dtype": dtype,
@@ -97,9 +136,10 @@ def build_model(
     return model.train()
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, seed: int) -> MasterAdamW:
+def build_optimizer(model: nn.Module, optim: OptimConfig, seed: int, mesh: Mesh = ALONE) -> MasterAdamW:
     """The optimizer of what ``model`` trains."""
-    return MasterAdamW(((name, p) for name, p in model.named_parameters() if p.requires_grad), optim, seed)
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return MasterAdamW(trained, optim, seed, ranks=mesh.stage)
 
 
 def _check_float8(device: torch.device, several: bool) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # what may differ between a run and its resumption: cadence, place, and how a batch is cut up
 _FREE = ("validate_every", "save_every", "async_save", "keep_last", "log_every", "device", "micro_batch_size")
 
-FORMAT = 2
-"""Of a checkpoint's tensors; 1 (unwritten then) had the optimizer's fp32 masters whole."""
+FORMAT = 3
+"""Of a checkpoint's tensors; 1 (unwritten then) had fp32 masters whole, 2 one tensor of all parameters' step counts."""
 
 
 @contextmanager
@@ -75,7 +75,8 @@ def check_format(resumed: TrainingCheckpoint | None) -> None:
 def identity(config: "TrainConfig") -> dict[str, Any]:
     """What must not change between a run and its resumption, as JSON values."""
     values = json.loads(json.dumps(asdict(config), default=str))
-    values.pop("output_dir")
+    for name in ("output_dir", "mesh"):
+        values.pop(name)
     for name in _FREE:
         values["train"].pop(name)
     return values
@@ -96,7 +97,7 @@ def check_lengths(longest: int, config: "PreTrainedConfig") -> None:
 
 
 @torch.no_grad()
-def check_packing(model: "PreTrainedModel", device: torch.device) -> None:
+def check_packing(model: "PreTrainedModel", device: torch.device, multiple_of: int = 1) -> None:
     """Try on two toy documents in one row whether the second sees the first.
 
     Which attention implementations read document borders from ``position_ids`` is not written down anywhere, so it is
@@ -107,8 +108,11 @@ def check_packing(model: "PreTrainedModel", device: torch.device) -> None:
     """
     was_training = model.training
     model.eval()
-    rows = torch.tensor([[3, 4, 5, 6, 7, 8, 9], [6, 3, 4, 7, 7, 8, 9]], device=device)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
+    length = -(-8 // multiple_of) * multiple_of
+    second = torch.arange(length - 4)
+    documents = [torch.cat((first, second % 7)) for first in (torch.tensor([3, 4, 5, 6]), torch.tensor([6, 3, 4, 7]))]
+    rows = torch.stack(documents).to(device)
+    positions = torch.cat((torch.arange(4), second))[None].to(device)
     one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows)
     model.train(was_training)
     if not torch.equal(one[:, 4:], other[:, 4:]):

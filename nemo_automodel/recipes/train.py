@@ -4,13 +4,12 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
 
 from nemo_automodel._transformers.tokenizer import load_tokenizer
 from nemo_automodel.components.checkpoint import CheckpointError, TrainingCheckpoints
@@ -20,15 +19,14 @@ from nemo_automodel.components.checkpoint.training_state import (
     restore_random_state,
 )
 from nemo_automodel.components.data import Audit, BatchStream, DataConfig, build_dataset
-from nemo_automodel.components.distributed import join_ranks
-from nemo_automodel.components.loss import next_token_loss, valid_tokens
+from nemo_automodel.components.distributed import Mesh, MeshConfig, join_ranks
 from nemo_automodel.components.metrics import MetricsLog, peak_memory_gb, plot_loss
 from nemo_automodel.components.models.common.backend import BackendConfig
-from nemo_automodel.components.optim import MasterAdamW, OptimConfig
+from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
-from nemo_automodel.recipes.building import build_model, build_optimizer, pick_device
+from nemo_automodel.recipes.building import build_mesh, build_model, build_optimizer, pick_device
 from nemo_automodel.recipes.checks import (
     FORMAT,
     blame,
@@ -42,7 +40,8 @@ from nemo_automodel.recipes.export import export_trained, save_description, unti
 from nemo_automodel.recipes.interrupts import stop_requests
 from nemo_automodel.recipes.progress import Progress
 from nemo_automodel.recipes.served import in_one_line, served
-from nemo_automodel.recipes.transfer import Numbers, inputs_of
+from nemo_automodel.recipes.step import evaluate, train_step
+from nemo_automodel.recipes.transfer import Numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +56,12 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the weights; auto: bfloat16 on a GPU, else float32")
     attn_implementation: str | None = arg(None, "eager, sdpa, flex_attention, ...; null: what backend.attn says")
     backend: BackendConfig = arg(BackendConfig(attn="auto"), "which kernels serve the model")
-    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass: slower, less memory")
+    gradient_checkpointing: Literal[False, True, "selective"] = arg(
+        False,
+        "recompute activations in the backward pass: slower, less memory; selective: all but products and attention",
+    )
+    compile: bool = arg(False, "compile each layer (torch.compile); the first steps take minutes longer")
+    cpu_offload: bool = arg(False, "keep parameters and the optimizer in host memory (FSDP2): slow, for a small GPU")
     trust_remote_code: bool = arg(False, "run Python code that comes with the checkpoint")
 
 
@@ -99,6 +103,7 @@ class TrainConfig:
     data: DataConfig = required("the data")
     train: LoopConfig = arg(LoopConfig(), "the loop")
     optim: OptimConfig = arg(OptimConfig(), "AdamW and its schedule")
+    mesh: MeshConfig = arg(MeshConfig(), "how several ranks share the work")
     lora: LoRAConfig | None = arg(None, "train low-rank adapters only; set any key (or {}) to turn it on")
 
     def __post_init__(self) -> None:
@@ -207,6 +212,7 @@ class Run:
         self.config = config
         self.device = join_ranks(pick_device(config.train.device))
         self.together = Together()
+        self.mesh = build_mesh(config, self.device)
         self.say = say if self.together.leads else _silent
         loop = config.train
         self.checkpoints = TrainingCheckpoints(config.output_dir / "checkpoints", loop.keep_last, loop.async_save)
@@ -227,19 +233,18 @@ class Run:
         self.total_steps = config.train.max_steps or config.train.epochs * self.stream.batches_per_epoch
 
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config, resumed, self.device, config.data.packing)
+        self.model = build_model(config, resumed, self.device, config.data.packing, self.mesh)
         check_lengths(self._longest, self.model.config)
         if config.data.packing:
-            check_packing(self.model, self.device)
-        if self.together.rank:  # each rank its own dropout
-            torch.manual_seed(config.train.seed + self.together.rank)
-        self.optimizer = build_optimizer(self.model, config.optim, config.train.seed)
+            check_packing(self.model, self.device, self.mesh.sequence_cut)
+        torch.manual_seed(self._dropout_seed())
+        self.optimizer = build_optimizer(self.model, config.optim, config.train.seed, self.mesh)
         self.done, self.loss = 0, float("nan")
         self.val_loss: float | None = None
         self._validated_at = 0
         if resumed:
             self._resume(resumed)
-        self.say(_description(self.model, config, self.device, self.total_steps))
+        self.say(_description(self.model, config, self.device, self.mesh, self.total_steps))
         self.say(in_one_line(served(self.model, config.model, config.data.packing)))
         self.metrics: MetricsLog | None = None
         if self.together.leads:
@@ -259,8 +264,9 @@ class Run:
             self._clock = time.perf_counter()
         micro_batches = next(self.stream)
         lr = self.config.optim.lr_at(step - 1, self.total_steps)
-        loss, norm = train_step(self.model, self.optimizer, micro_batches, lr, self.device)
-        tokens = int(self.together.sum(sum(batch["input_ids"].numel() for batch in micro_batches)))
+        loss, norm = train_step(self.model, self.optimizer, micro_batches, lr, self.device, self.mesh)
+        tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+        tokens = int(self.together.sum(tokens)) // self.mesh.sharers
         self._tokens += tokens
         self._queue.append(QueuedStep(step, Numbers(loss, norm), lr, tokens, self.stream.epoch))
 
@@ -296,7 +302,7 @@ class Run:
         """Loss per valid token over the validation data, after ``step``."""
         assert self.validation is not None
         self._validated_at = step
-        self.val_loss = loss = evaluate(self.model, self.validation, self.device)
+        self.val_loss = loss = evaluate(self.model, self.validation, self.device, self.mesh)
         return loss
 
     def save(self, step: int) -> None:
@@ -309,7 +315,7 @@ class Run:
                 "stream": self.stream.state_dict(),
                 "loss": self.loss,
                 "val_loss": self.val_loss,
-                "ranks": self.together.size,
+                "mesh": str(self.mesh),
                 "device": self.device.type,
                 "dtype": str(self.model.dtype),
                 "config": identity(self.config),
@@ -352,13 +358,17 @@ class Run:
         checkpoint.load(self._tensors())
         self.stream.load_state_dict(checkpoint.state["stream"])
         self.done, self.loss, self.val_loss = checkpoint.step, checkpoint.state["loss"], checkpoint.state["val_loss"]
-        if (checkpoint.state["ranks"], checkpoint.state["device"]) == (self.together.size, self.device.type):
+        if (checkpoint.state["mesh"], checkpoint.state["device"]) == (str(self.mesh), self.device.type):
             states = random_state(self.device)
             checkpoint.load(states)
             restore_random_state(states, self.device)
         else:  # no rank has a generator to go on with: a new one, of its own
-            torch.manual_seed(self.config.train.seed + self.together.rank + self.together.size * self.done)
+            torch.manual_seed(self._dropout_seed() + self.mesh.averaged * self.done)
         self.say(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
+
+    def _dropout_seed(self) -> int:
+        """Ranks with other tokens drop others; those that compute the same ones together drop the same."""
+        return self.config.train.seed + self.mesh.data_rank * self.mesh.cp + self.mesh.place["cp"]
 
     def _stream(self, name: str, source: str, split: str | None) -> BatchStream:
         data, loop = self.config.data, self.config.train
@@ -374,66 +384,23 @@ class Run:
             packed_length=data.max_length if data.packing else None,
             shuffle=data.shuffle,
             seed=loop.seed,
-            rank=self.together.rank,
-            world_size=self.together.size,
+            multiple_of=self.mesh.sequence_cut,
+            rank=self.mesh.data_rank,
+            world_size=self.mesh.data,
         )
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: MasterAdamW,
-    micro_batches: Sequence[dict[str, torch.Tensor]],
-    lr: float,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step, queued on ``device``: the host does not wait for it.
-
-    Args:
-        model: trained in place.
-        optimizer: of its trained parameters.
-        micro_batches: of this rank, on the CPU, where their valid tokens are counted.
-        lr: learning rate.
-        device: the model's.
-
-    Returns:
-        Scalars: the loss per valid token over all micro-batches of all ranks, and the gradients' norm. If the norm is
-        not finite, neither this step nor a later one updates anything.
-    """
-    together = Together()
-    valid = int(together.sum(sum(valid_tokens(batch["labels"]) for batch in micro_batches)))
-    optimizer.accumulating = len(micro_batches) > 1
-    total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        loss = next_token_loss(model, inputs_of(model, batch, device)) / valid
-        (loss * together.size).backward()  # FSDP averages over the ranks, each of which has a part of the sum
-        total += loss.detach()
-    norm = optimizer.step(lr)
-    return together.add(total), norm
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, stream: BatchStream, device: torch.device) -> float:
-    """Loss per valid token over one pass of the stream, by all ranks."""
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    valid = 0
-    for batch in (batch for micro_batches in stream.one_pass() for batch in micro_batches):
-        total += next_token_loss(model, inputs_of(model, batch, device))
-        valid += valid_tokens(batch["labels"])
-    model.train()
-    together = Together()
-    return together.sum(total.item()) / together.sum(valid)
 
 
 def _silent(line: str) -> None:
     """What ranks other than the leading one say."""
 
 
-def _description(model: "PreTrainedModel", config: TrainConfig, device: torch.device, total_steps: int) -> str:
+def _description(
+    model: "PreTrainedModel", config: TrainConfig, device: torch.device, mesh: Mesh, total_steps: int
+) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    ranks = f" and {size - 1} more ranks" if (size := Together().size) > 1 else ""
+    ranks = f", {mesh.size} ranks ({mesh})" if mesh.size > 1 else ""
     method = f"LoRA r={config.lora.r}" if config.lora else "all weights"
     return (
         f"{type(model).__module__.split('.')[0]}.{type(model).__name__}: {parameters / 1e6:,.1f} M parameters, "

@@ -1,6 +1,17 @@
 """Several ranks that train one model."""
 
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers, join_ranks
+from nemo_automodel.components.distributed.mesh import ALONE, Mesh, MeshConfig
+from nemo_automodel.components.distributed.parallelize import Options, parallelize
 from nemo_automodel.components.distributed.tensor import parallelize_tensors
 
-__all__ = ["fully_shard_layers", "join_ranks", "parallelize_tensors"]
+__all__ = [
+    "ALONE",
+    "Mesh",
+    "MeshConfig",
+    "Options",
+    "fully_shard_layers",
+    "join_ranks",
+    "parallelize",
+    "parallelize_tensors",
+]

@@ -2,12 +2,14 @@
 
 import os
 from datetime import timedelta
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 # the leading rank may export a model, or tokenize a data set, while the others wait
 _PATIENCE = timedelta(hours=2)
@@ -31,13 +33,14 @@ def join_ranks(device: torch.device) -> torch.device:
     return device
 
 
-def fully_shard_layers(model: nn.Module, layer_classes: set[str], mesh: DeviceMesh) -> None:
+def fully_shard_layers(model: nn.Module, layer_classes: set[str], mesh: DeviceMesh, cpu_offload: bool = False) -> None:
     """Shard ``model`` over the ranks of ``mesh``, layer by layer; the ranks' gradients are averaged, in fp32 at least.
 
     Args:
         model: on the meta device (its weights are then read shard by shard), or whole on every rank.
         layer_classes: class names of the layers that are gathered one at a time.
         mesh: of one axis; or of two, and then whole copies of the model go along the first (HSDP).
+        cpu_offload: keep shards and gradients in host memory, where the optimizer then works.
 
     Raises:
         ValueError: the model has no such layer.
@@ -46,7 +49,11 @@ def fully_shard_layers(model: nn.Module, layer_classes: set[str], mesh: DeviceMe
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer of the classes {sorted(layer_classes)} to shard by")
     dtype = torch.promote_types(torch.float32, next(model.parameters()).dtype)
-    policy = MixedPrecisionPolicy(reduce_dtype=dtype)
+    options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=dtype)}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
     for module in (*layers, model):
         # the outermost too, which torch would leave gathered after a forward pass: what is not sharded is not saved
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, **options)
+    for layer, following in pairwise(cast("list[FSDPModule]", layers)):  # gathered while this one computes
+        layer.set_modules_to_forward_prefetch([following])

@@ -1,13 +1,31 @@
-"""Tensor parallelism: a model's plan, module name -> style, carried out by torch's DTensors."""
+"""Tensor and sequence parallelism: a model's plan, module name -> style, carried out with torch's DTensors.
+
+Parameters are DTensors, for whoever loads, saves and updates them. Modules compute on plain tensors: on the rank's
+shards of the parameters and of their input, so that kernels and adapters serve shards as they serve whole layers.
+"""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
+
+WHOLE, TERM, ROWS, COLUMNS, CHANNELS, SEQUENCE = Replicate(), Partial(), Shard(0), Shard(1), Shard(-1), Shard(1)
 
 
 class NormOfHeads(ParallelStyle):
@@ -31,17 +49,82 @@ class NormOfHeads(ParallelStyle):
         return distribute_module(module, device_mesh, input_fn=joined, output_fn=own)  # type: ignore[arg-type]
 
 
-STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
-    "colwise": ColwiseParallel,
-    "rowwise": RowwiseParallel,
-    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
-    "replicated_with_grad_allreduce": NormOfHeads,
+@dataclass(eq=False)
+class Local(ParallelStyle):
+    """A module that computes on plain tensors, this rank's shards of its parameters and input.
+
+    Attributes:
+        cut: first part of a parameter's name -> how it lies over the ranks; others are whole.
+        given: how the input lies over the ranks.
+        used: how the module uses it.
+        made: what it makes of that: terms of a sum, or a part.
+        wanted: how the output shall lie over the ranks.
+    """
+
+    cut: Mapping[str, Placement]
+    given: Placement
+    used: Placement
+    made: Placement
+    wanted: Placement
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters()):
+            placement = self.cut.get(name.partition(".")[0], WHOLE)
+            owner, leaf = _owner(module, name)
+            owner._parameters[leaf] = nn.Parameter(
+                distribute_tensor(parameter.detach(), device_mesh, [placement]), requires_grad=parameter.requires_grad
+            )
+        if self.made.is_partial() and hasattr(module, "column_ranks"):
+            setattr(module, "column_ranks", device_mesh.get_group())  # noqa: B010  (a declared one, of adapters)
+        plain, summed_to = module.forward, self.wanted if self.made.is_partial() else None
+
+        def forward(itself: nn.Module, x: Tensor) -> Tensor:
+            x = _moved(x, device_mesh, self.given, self.used, term=not self.used.is_shard())
+            with _plain_parameters(itself, summed_to) as bias:
+                y = plain(x)
+            width = getattr(itself, "out_features", None) if self.made == CHANNELS else None
+            y = _moved(y, device_mesh, self.made, self.wanted, width=width)
+            return y if bias is None else y + bias
+
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        return module
+
+
+def _style(**kinds: Any) -> Callable[[bool], ParallelStyle]:
+    def make(sequence: bool) -> ParallelStyle:
+        style = Local(**kinds)
+        if not sequence:
+            return style
+        return replace(
+            style,
+            given=SEQUENCE if style.given == WHOLE else style.given,
+            wanted=SEQUENCE if style.wanted == WHOLE else style.wanted,
+        )
+
+    return make
+
+
+_OF_ROWS = {"weight": ROWS, "bias": ROWS, "lora_B": ROWS, "lora_magnitude": ROWS}
+_OF_COLUMNS = {"weight": COLUMNS, "lora_A": COLUMNS}
+
+STYLES: Mapping[str, Callable[[bool], ParallelStyle]] = {
+    "colwise": _style(cut=_OF_ROWS, given=WHOLE, used=WHOLE, made=CHANNELS, wanted=CHANNELS),
+    "rowwise": _style(cut=_OF_COLUMNS, given=CHANNELS, used=CHANNELS, made=TERM, wanted=WHOLE),
+    "colwise_rep": _style(cut=_OF_ROWS, given=WHOLE, used=WHOLE, made=CHANNELS, wanted=WHOLE),
+    "rowwise_rep": _style(cut=_OF_COLUMNS, given=WHOLE, used=CHANNELS, made=TERM, wanted=WHOLE),
+    "embedding_rowwise": lambda _: RowwiseParallel(input_layouts=Replicate()),
+    "replicated_with_grad_allreduce": lambda _: NormOfHeads(),
 }
-"""What a plan may ask of a module, in transformers' words; ``_rep``: its output, or input, is whole on every rank."""
+"""What a plan may ask of a module, in transformers' words; ``_rep``: its output, or input, is whole on every rank.
+
+Called with whether what lies between the layers' products is cut along the sequence."""
+
+_ON_SEQUENCE = Local(cut={}, given=SEQUENCE, used=SEQUENCE, made=SEQUENCE, wanted=SEQUENCE)
 
 
-def parallelize_tensors(model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh) -> None:
+def parallelize_tensors(
+    model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, sequence_of: Collection[str] = ()
+) -> None:
     """Cut the modules that ``plan`` names over the ranks of ``mesh``; all others are whole on every rank.
 
     An embedding whose weight is that of a module in the plan (a tied head) is cut by the rows of its vocabulary, so
@@ -51,13 +134,40 @@ def parallelize_tensors(model: nn.Module, plan: Mapping[str, str], mesh: DeviceM
         model: on the meta device, or whole on every rank; not sharded yet.
         plan: module name, with ``*`` for a layer's number, -> the name of a style.
         mesh: of one axis.
+        sequence_of: class names of layers between whose products each rank has a part of the sequence, so that norms
+            and the residual stream are not computed, and kept, by every rank. The sequence's length must be a multiple
+            of the ranks.
 
     Raises:
         ValueError: an entry that matches no module, or a style that is none; nothing is changed then.
     """
+    modules = dict(model.named_modules())
+    styles = _matched(model, plan, modules)
+    ties = [
+        (head, name)
+        for name, module in modules.items()
+        for head in styles
+        if isinstance(module, nn.Embedding) and module.weight is getattr(modules[head], "weight", None)
+        if head != name
+    ]
+    styles.update((embedding, "embedding_rowwise") for _, embedding in ties)
+    layers = {name: module for name, module in modules.items() if type(module).__name__ in sequence_of}
+    made = {name: STYLES[style](_within(name, layers) is not None) for name, style in styles.items()}
+    for name in _others_with_parameters(modules, layers, styles):
+        made[name] = _ON_SEQUENCE
+    parallelize_module(model, mesh, made)
+    for head, embedding in ties:
+        modules[head].weight = modules[embedding].weight
+    if layers:
+        first, *_, last = [*layers.values(), *layers.values()]
+        first.register_forward_pre_hook(lambda _, args: (_cut_along_sequence(args[0], mesh), *args[1:]))
+        last.register_forward_hook(lambda _, args, output: _moved(output, mesh, SEQUENCE, WHOLE))
+
+
+def _matched(model: nn.Module, plan: Mapping[str, str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name of each module that the plan speaks of -> its style's."""
     styles: dict[str, str] = {}
     problems = []
-    modules = dict(model.named_modules())
     for pattern, style in plan.items():
         matching = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
         found = [name for name in modules if matching.fullmatch(name)]
@@ -70,14 +180,85 @@ def parallelize_tensors(model: nn.Module, plan: Mapping[str, str], mesh: DeviceM
         raise ValueError(
             f"the tensor-parallel plan of {type(model).__name__} does not fit it:\n  " + "\n  ".join(problems)
         )
+    return styles
 
-    ties = [
-        (head, name)
-        for name, module in modules.items()
-        for head in styles
-        if isinstance(module, nn.Embedding) and module.weight is getattr(modules[head], "weight", None)
-    ]
-    styles.update((embedding, "rowwise_rep") for _, embedding in ties)
-    parallelize_module(model, mesh, {name: STYLES[style]() for name, style in styles.items()})
-    for head, embedding in ties:
-        modules[head].weight = modules[embedding].weight
+
+def _within(name: str, paths: Collection[str]) -> str | None:
+    """Which of the modules ``paths`` the module ``name`` is in."""
+    return next((path for path in paths if name.startswith(f"{path}.")), None)
+
+
+def _others_with_parameters(
+    modules: Mapping[str, nn.Module], layers: Collection[str], planned: Collection[str]
+) -> Iterator[str]:
+    """Modules in the layers, outside those that are planned, that have parameters themselves: norms."""
+    for name, module in modules.items():
+        inside = _within(name, layers) is not None and name not in planned and _within(name, planned) is None
+        if inside and any(True for _ in module.parameters(recurse=False)):
+            yield name
+
+
+def _cut_along_sequence(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    if x.shape[1] % mesh.size():
+        raise ValueError(
+            f"sequence parallelism over {mesh.size()} ranks takes sequences of a multiple of that many tokens, and "
+            f"this one has {x.shape[1]}; pad it, or set mesh.sequence_parallel=false"
+        )
+    return _moved(x, mesh, WHOLE, SEQUENCE)
+
+
+def _moved(
+    x: Tensor, mesh: DeviceMesh, given: Placement, wanted: Placement, *, term: bool = False, width: int | None = None
+) -> Tensor:
+    """``x``, that lies over the ranks as ``given``, as ``wanted``; its gradient the other way.
+
+    Args:
+        x: this rank's.
+        mesh: the ranks.
+        given: how the ranks' tensors make up the whole.
+        wanted: how they shall.
+        term: whether the gradients of a whole ``x`` are the ranks' terms of a sum.
+        width: channels of the whole, where the ranks' parts need not be equal.
+    """
+    if given == wanted and not term:
+        return x
+    shape: dict[str, Any] = {}
+    if width is not None:
+        shape = {"shape": torch.Size((*x.shape[:-1], width)), "stride": _strides((*x.shape[:-1], width))}
+    spread = DTensor.from_local(x, mesh, [given], run_check=False, **shape)
+    return spread.redistribute(placements=[wanted]).to_local(grad_placements=[TERM] if term else None)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+@contextmanager
+def _plain_parameters(module: nn.Module, summed_to: Placement | None) -> Iterator[Tensor | None]:
+    """Give the module its parameters' shards as plain tensors, meanwhile.
+
+    Where the outputs of the ranks are summed (to what lies as ``summed_to``) the module is without its bias, which is
+    yielded, to be added once.
+    """
+    before = {name: parameter for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)}
+    bias = None
+    try:
+        for name, parameter in before.items():
+            # where the whole of it is here, this rank's tokens, rows or columns give a term of its gradient
+            terms = [TERM if placement.is_replicate() else placement for placement in parameter.placements]
+            owner, leaf = _owner(module, name)
+            if summed_to is not None and name == "bias":
+                bias = parameter.to_local(grad_placements=terms if summed_to == SEQUENCE else None)
+                owner._parameters[leaf] = None
+            else:
+                owner._parameters[leaf] = parameter.to_local(grad_placements=terms)  # type: ignore[assignment]
+        yield bias
+    finally:
+        for name, parameter in before.items():
+            owner, leaf = _owner(module, name)
+            owner._parameters[leaf] = parameter
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf

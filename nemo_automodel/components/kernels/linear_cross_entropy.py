@@ -41,6 +41,7 @@ def linear_cross_entropy(
     multiplier: float = 1.0,
     softcap: float | None = None,
     group: dist.ProcessGroup | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Sum over rows of ``logsumexp(logits) - logits[target]``, fp32, with ``logits = multiplier * hidden @ weight.T``.
 
@@ -51,22 +52,73 @@ def linear_cross_entropy(
             vocabulary makes the loss NaN.
         multiplier: factor on the logits.
         softcap: logits then become ``softcap * tanh(logits / softcap)``.
-        group: ranks that hold equal parts of the vocabulary, in their order; the hidden states' gradient is this rank's
-            term of their sum.
+        group: ranks that hold parts of the vocabulary, in their order; the hidden states' gradient is this rank's term
+            of their sum. All parts but the last ones are equal, as torch's ``chunk`` cuts.
+        vocabulary: tokens in it; default: what equal parts make.
 
     Raises:
-        ValueError: a ``group`` where the kernels cannot run.
+        ValueError: not a target for each row.
     """
     if len(targets) != len(hidden):
         raise ValueError(f"{len(targets)} targets for {len(hidden)} rows")
     kernels = runs_on(hidden, weight) and not torch.is_autocast_enabled(hidden.device.type)
-    if kernels and hidden.dtype == weight.dtype:
+    first, whole = _place(len(weight), group, vocabulary)
+    if kernels and hidden.dtype == weight.dtype and len(weight):
         return _LinearCrossEntropy.apply(
-            hidden, weight, targets, multiplier, softcap or 0.0, group, torch.is_grad_enabled()
+            hidden, weight, targets, multiplier, softcap or 0.0, group, first, whole, torch.is_grad_enabled()
         )
     if group is not None:
-        raise ValueError(f"a vocabulary in parts needs the kernels, which do not run on {hidden.dtype} {hidden.device}")
+        return _reference_in_parts(hidden, weight, targets, multiplier, softcap, group, first, whole)
     return linear_cross_entropy_reference(hidden, weight, targets, multiplier, softcap)
+
+
+def _place(own: int, group: dist.ProcessGroup | None, vocabulary: int | None) -> tuple[int, int]:
+    """The first token of this rank's part, and how many there are in all."""
+    if group is None:
+        return 0, own
+    ranks = dist.get_world_size(group)
+    whole = own * ranks if vocabulary is None else vocabulary
+    return min(whole, dist.get_rank(group) * -(-whole // ranks)), whole
+
+
+def _reference_in_parts(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    multiplier: float,
+    softcap: float | None,
+    group: dist.ProcessGroup,
+    first: int,
+    whole: int,
+) -> Tensor:
+    """As `linear_cross_entropy_reference`, of ranks with parts of the vocabulary."""
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * multiplier
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    lowest = logits.new_full((len(logits), 1), -torch.inf)  # a rank may have no token at all
+    highest = torch.cat((logits.detach(), lowest), dim=1).amax(dim=1)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    here = (targets >= first) & (targets < first + len(weight))
+    at_target = torch.cat((logits, lowest), dim=1).gather(1, torch.where(here, targets - first, 0)[:, None])[:, 0]
+    terms = torch.stack((torch.exp(logits - highest[:, None]).sum(dim=1), at_target.where(here, 0.0)))
+    total, at_target = _AddUp.apply(terms, group)
+    at_target = at_target.where((targets >= 0) & (targets < whole), torch.nan)
+    return torch.where(targets != IGNORE, highest + torch.log(total) - at_target, 0.0).sum()
+
+
+class _AddUp(torch.autograd.Function):
+    """The ranks' sum; all of them compute the same from it, so its gradient is that of each term."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = terms.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 @jit
@@ -166,13 +218,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         multiplier: float,
         softcap: float,
         group: dist.ProcessGroup | None,
+        first: int,
+        whole: int,
         with_grad: bool,
     ) -> Tensor:
         with_hidden, with_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
         rows_at_once = max(128, CHUNK // weight.shape[0] // 128 * 128)
         chunks = hidden.split(rows_at_once)
-        first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
-        whole = weight.shape[0] * (1 if group is None else dist.get_world_size(group))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
         grad_weight = _Sum(weight, len(chunks) if len(hidden) else 0) if with_weight else None
@@ -199,7 +251,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = [None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in (grad_hidden, grad_weight)]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
 def _log_sum_exp(

@@ -13,16 +13,17 @@ and its moments. How masters and roundings work is told beside the kernel, `comp
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.kernels.adamw import Hyper, Slot, adamw, join
-from nemo_automodel.components.placement import whole
+from nemo_automodel.components.together import Together
 
 
 @dataclass(kw_only=True)
@@ -93,6 +94,8 @@ class MasterAdamW:
         parameters: names and trainable parameters, in float32 or bfloat16.
         config: hyperparameters.
         seed: of random roundings; what a step draws is a function of it and the parameter's count of steps.
+        ranks: that have these parameters, whole or in shards; other ranks of the run have others (pipeline stages).
+        shared: of those that other stages have too, name -> the ranks with one copy each, whose gradients are added.
 
     Attributes:
         accumulating: whether gradients of several backward passes add up until the next step; in fp32 then, in tensors
@@ -102,8 +105,17 @@ class MasterAdamW:
         ValueError: a parameter of another dtype, or whose elements do not lie in a row.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int = 0):
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        seed: int = 0,
+        ranks: int | None = None,
+        shared: Mapping[str, dist.ProcessGroup] | None = None,
+    ):
         self.config = config
+        self._ranks = Together().size if ranks is None else ranks
+        self._shared = dict(shared or {})
         self.parameters = dict(parameters)
         self.accumulating = True
         self._seed = seed
@@ -136,8 +148,10 @@ class MasterAdamW:
         If it is not finite, nothing is updated, now and in all steps to come.
         """
         gradients = {name: self._sums.get(name, p.grad) for name, p in self.parameters.items()}
-        present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-        norm = total_norm(present.values()) if present else torch.zeros_like(self._finite, dtype=torch.float32)
+        present = {name: _complete(g, self.parameters[name]) for name, g in gradients.items() if g is not None}
+        for name, group in self._shared.items():
+            dist.all_reduce(_local(present[name]), group=group)
+        norm = self._total_norm(present)
         self._finite.logical_and_(norm.isfinite())
         factor = torch.ones_like(norm)
         if self.config.max_grad_norm is not None:
@@ -154,6 +168,21 @@ class MasterAdamW:
             parameter.grad = None
         return norm
 
+    def _total_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """2-norm over all gradients of all ranks, in fp32 whatever their dtypes; of whole copies one counts.
+
+        `torch.nn.utils.get_total_norm` rounds the norm of each to its dtype, and takes DTensors of one mesh only.
+        """
+        squares = torch.zeros_like(self._finite, dtype=torch.float64)
+        by_kind: dict[tuple[torch.dtype, float], list[Tensor]] = {}
+        for name, gradient in gradients.items():
+            copies = self._ranks / _shards(gradient) * (dist.get_world_size(g) if (g := self._shared.get(name)) else 1)
+            by_kind.setdefault((gradient.dtype, copies), []).append(_local(gradient))
+        for (_, copies), alike in by_kind.items():
+            norms = torch._foreach_norm(alike, 2, dtype=torch.float32)
+            squares += torch.stack(norms).double().square().sum() / copies
+        return Together().add(squares).sqrt().float()
+
     def master(self, name: str) -> Tensor:
         """A parameter as the optimizer knows it, in fp32."""
         parameter = self.parameters[name].detach()
@@ -164,9 +193,10 @@ class MasterAdamW:
 
         With the parameters, which have the masters' high bits, they are all that a resumed run needs.
         """
-        tensors = {"step": self._steps}
-        for name, (exp_avg, exp_avg_sq) in self._moments.items():
-            tensors |= {f"exp_avg.{name}": exp_avg, f"exp_avg_sq.{name}": exp_avg_sq}
+        tensors: dict[str, Tensor] = {}
+        for number, (name, (exp_avg, exp_avg_sq)) in enumerate(self._moments.items()):
+            step = self._steps[number : number + 1]
+            tensors |= {f"step.{name}": step, f"exp_avg.{name}": exp_avg, f"exp_avg_sq.{name}": exp_avg_sq}
         return tensors | {f"low.{name}": low for name, low in self._low.items()}
 
     def _slot(self, number: int, step: int, name: str, gradient: Tensor) -> Slot:
@@ -198,18 +228,23 @@ class MasterAdamW:
         return add
 
 
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """2-norm over all gradients, in fp32 whatever their dtypes, on all ranks; `torch.nn.utils.get_total_norm` rounds
-    the norm of each to its dtype."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    norms = [norm for alike in by_dtype.values() for norm in torch._foreach_norm(alike, 2, dtype=torch.float32)]
-    return whole(torch.linalg.vector_norm(torch.stack(norms)))
-
-
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _complete(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """``gradient`` placed as the parameter is: what tensor parallelism left as the ranks' terms is added up."""
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        return gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
+def _shards(tensor: Tensor) -> int:
+    """Into how many parts ranks share ``tensor``."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = (tensor.device_mesh.size(axis) for axis, each in enumerate(tensor.placements) if not each.is_replicate())
+    return math.prod(sizes)
 
 
 def _shard(parameter: Tensor) -> int:

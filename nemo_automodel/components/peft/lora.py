@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class LoRALinear(nn.Linear):
         lora_B: part name -> ``[rows of the part, r]``.
         lora_magnitude: with DoRA, part name -> ``[rows of the part]``; else empty.
         kernels: whether to use the library's own where they can run; the base layer's choice.
+        column_ranks: that share the weight's columns (tensor parallelism, of a row-wise layer).
         scale: of the rows of ``weight``, fp32 ``[out_features, 1]``, once `quantize` put it in float8.
 
     Raises:
@@ -50,6 +52,7 @@ class LoRALinear(nn.Linear):
 
     takes_gated = True
     writes: int = 0
+    column_ranks: dist.ProcessGroup | None = None
     _joined: Tensor | None = None
     scale: Tensor | None
 
@@ -89,8 +92,9 @@ class LoRALinear(nn.Linear):
                 self.lora_magnitude[part] = nn.Parameter(torch.empty(self.rows(part), **options))
 
     def rows(self, part: str) -> int:
-        """Output rows of ``part``."""
-        return self.fusion.part_shape((self.out_features,), part)[0] if self.fusion else self.out_features
+        """Output rows of ``part``, in this rank's shard while it computes."""
+        rows = self.weight.shape[0]
+        return self.fusion.part_shape((rows,), part)[0] if self.fusion else rows
 
     def a_of(self, part: str) -> nn.Parameter:
         """A of ``part``: its own, or the shared one."""
@@ -268,6 +272,10 @@ class LoRALinear(nn.Linear):
         """DoRA's factor per row, ``[out_features]``: magnitude over norm, one for parts that are not targeted."""
         with torch.no_grad():
             norm = torch.linalg.vector_norm(torch.addmm(weight.float(), b.float(), a.float()), dim=1)
+            if weight.shape[1] < self.in_features:  # this rank's columns
+                squares = norm.square()
+                dist.all_reduce(squares, group=self.column_ranks)
+                norm = squares.sqrt()
         # rounded as the magnitudes are, so that an adapter that has learnt nothing is an exact no-op in bf16 too
         norm = norm.to(next(iter(magnitudes.values())).dtype)
         if self.fusion is None:

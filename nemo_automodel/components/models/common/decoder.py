@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import XIELUActivation
@@ -395,10 +396,26 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
 
     def _cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         head, spec = self.lm_head, self.model.spec
+        if isinstance(head.weight, DTensor) and type(head) in (nn.Linear, Linear) and head.bias is None:
+            return self._cross_entropy_in_parts(hidden_states, head.weight, targets)
         if self.backend.kernels == "auto" and untouched(head, nn.Linear, Linear) and head.bias is None:
             weight = head.weight
             return linear_cross_entropy(hidden_states, weight, targets, spec.logits_multiplier, spec.logits_softcap)
         return F.cross_entropy(self._logits(hidden_states).float(), targets, reduction="sum")
+
+    def _cross_entropy_in_parts(self, hidden_states: Tensor, weight: DTensor, targets: Tensor) -> Tensor:
+        """Of tensor-parallel ranks, none of which ever holds the logits of more than its part of the vocabulary."""
+        spec, mesh = self.model.spec, weight.device_mesh
+        spread = DTensor.from_local(hidden_states, mesh, [Replicate()], run_check=False)
+        return linear_cross_entropy(
+            spread.to_local(grad_placements=[Partial()]),
+            weight.to_local(),
+            targets,
+            spec.logits_multiplier,
+            spec.logits_softcap,
+            group=mesh.get_group(),
+            vocabulary=weight.shape[0],
+        )
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         logits = self.lm_head(hidden_states)

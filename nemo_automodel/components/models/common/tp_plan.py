@@ -15,13 +15,16 @@ LAYER_TP_PLAN = {
 }
 """What every layer cuts, by the names that the pattern gives it."""
 
+EMBEDDING = "embedding_rowwise"
+"""Style of the token embeddings: each rank has a part of the vocabulary."""
+
 
 class NotCut(ValueError):
     """A model has something that the plan would cut wrongly; the message names it."""
 
 
 def tp_plan_of(model: nn.Module) -> dict[str, str]:
-    """What the class declares as its ``_tp_plan``, and `LAYER_TP_PLAN` for what of it the model has.
+    """What the class declares as its ``_tp_plan``, `LAYER_TP_PLAN` for what of it the model has, and the embeddings.
 
     Not the plan that transformers puts together (``model.tp_plan``): where a backbone does not set its own, that one
     names the separate projections, which do not exist here.
@@ -44,7 +47,8 @@ def tp_plan_of(model: nn.Module) -> dict[str, str]:
         for dropout in ("residual_dropout", "embedding_dropout"):
             if getattr(module, dropout, 0.0) > 0:
                 raise NotCut(f"{dropout} > 0 in {name}: each rank would drop other channels; set it to 0 in the config")
-    return plan
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return plan | {name: EMBEDDING for name, module in model.named_modules() if module is embeddings}
 
 
 def layers_plan_of(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,75 @@
+"""A model over a mesh: every kind of parallelism, in the one order in which they fit together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from nemo_automodel.components.distributed.fsdp import fully_shard_layers
+from nemo_automodel.components.distributed.mesh import Mesh
+from nemo_automodel.components.distributed.tensor import parallelize_tensors
+
+Checkpointing = Literal[False, True, "selective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `parallelize` does beside cutting the model.
+
+    Attributes:
+        tp_plan: module name -> style, for tensor parallelism.
+        checkpointing: what the backward pass computes again: nothing, whole layers, or all but products and attention.
+        compile: compile each layer by itself.
+        cpu_offload: keep parameters, gradients and the optimizer's state in host memory.
+    """
+
+    tp_plan: Mapping[str, str]
+    checkpointing: Checkpointing = False
+    compile: bool = False
+    cpu_offload: bool = False
+
+
+def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
+    """Make ``model``, with its adapters, this rank's part of one that all ranks of ``mesh`` compute together.
+
+    The order is fixed: tensor, sequence and context parallelism change what a layer computes; checkpointing and
+    compilation wrap that; FSDP gathers parameters around them all.
+
+    Args:
+        model: of transformers' kind, on the meta device or whole on every rank; changed in place.
+        mesh: of all ranks.
+        options: what else.
+
+    Raises:
+        ValueError: the plan does not fit the model, or it has no layers to shard by.
+    """
+    layer_classes = set(model._no_split_modules)
+    if (axis := mesh.axis("tp")) is not None:
+        parallelize_tensors(model, options.tp_plan, axis, layer_classes if mesh.sequence_parallel else ())
+    if options.checkpointing:
+        _checkpoint_activations(model, options.checkpointing)
+    if options.compile:
+        for layer in (module for module in model.modules() if type(module).__name__ in layer_classes):
+            layer.compile()
+    if (axes := mesh.axis("dp_replicate", "fsdp")) is not None:
+        fully_shard_layers(model, layer_classes, axes, cpu_offload=options.cpu_offload)
+
+
+KEPT = ("mm", "addmm", "_scaled_mm", "_scaled_dot_product_", "_varlen_attn", "_flex_attention")
+"""Beginnings of the names of operations whose output selective checkpointing keeps: the costly ones."""
+
+
+def _checkpoint_activations(model: Any, how: Checkpointing) -> None:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_costly)
+    # transformers 5.23 renamed it; 5.17 has the old name only
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(options)
+
+
+def _keep_costly(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    costly = operation.name().partition("::")[2].startswith(KEPT)
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
