@@ -38,9 +38,11 @@ def test_the_plan_of_a_class_wins_over_the_names_of_the_pattern() -> None:
     inside = {
         f"model.{name}": style for name, style in LAYER_TP_PLAN.items() if not re.search(r"mlp.up_proj|_norm", name)
     }
+    inside["model.embed_tokens"] = "embedding_rowwise"
     assert tp_plan_of(Ours(tiny())) == inside | {"lm_head": "colwise_rep"}
     assert tp_plan_of(Other(tiny())) == inside | Other._tp_plan
     assert tp_plan_of(LlamaForCausalLM(tiny())).keys() == {  # of the separate projections, those of the same name
+        "model.embed_tokens",
         "model.layers.*.self_attn.o_proj",
         "model.layers.*.mlp.up_proj",
         "model.layers.*.mlp.down_proj",
