@@ -10,6 +10,8 @@ import torch
 
 from nemo_automodel.components.checkpoint import CheckpointError
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
+from nemo_automodel.components.distributed import ALONE, Mesh, part_of
+from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -97,7 +99,7 @@ def check_lengths(longest: int, config: "PreTrainedConfig") -> None:
 
 
 @torch.no_grad()
-def check_packing(model: "PreTrainedModel", device: torch.device, multiple_of: int = 1) -> None:
+def check_packing(model: "PreTrainedModel", device: torch.device, mesh: Mesh = ALONE) -> None:
     """Try on two toy documents in one row whether the second sees the first.
 
     Which attention implementations read document borders from ``position_ids`` is not written down anywhere, so it is
@@ -108,14 +110,16 @@ def check_packing(model: "PreTrainedModel", device: torch.device, multiple_of: i
     """
     was_training = model.training
     model.eval()
-    length = -(-8 // multiple_of) * multiple_of
+    length = -(-8 // mesh.sequence_cut) * mesh.sequence_cut
     second = torch.arange(length - 4)
     documents = [torch.cat((first, second % 7)) for first in (torch.tensor([3, 4, 5, 6]), torch.tensor([6, 3, 4, 7]))]
-    rows = torch.stack(documents).to(device)
+    rows = part_of(torch.stack(documents).to(device), mesh.place["cp"], mesh.cp)
     positions = torch.cat((torch.arange(4), second))[None].to(device)
     one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows)
     model.train(was_training)
-    if not torch.equal(one[:, 4:], other[:, 4:]):
+    of_second = part_of(torch.arange(length)[None] >= 4, mesh.place["cp"], mesh.cp).to(device)
+    # a rank may have tokens of the first document only, and the others would wait for one that raises alone
+    if Together().any(not torch.equal(one[of_second], other[of_second])):
         raise ValueError(
             f"data.packing=true: with {type(model).__name__} and attention {model.config._attn_implementation!r} "
             "packed documents see each other; set data.packing=false"

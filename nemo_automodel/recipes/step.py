@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from nemo_automodel.components.data import BatchStream
-from nemo_automodel.components.distributed import ALONE, Mesh
-from nemo_automodel.components.loss import next_token_loss, valid_tokens
+from nemo_automodel.components.distributed import ALONE, Mesh, part_of
+from nemo_automodel.components.loss import next_token_loss, next_token_targets, valid_tokens
 from nemo_automodel.components.optim import MasterAdamW
 from nemo_automodel.components.together import Together
 from nemo_automodel.recipes.transfer import inputs_of
@@ -41,7 +41,7 @@ def train_step(
     optimizer.accumulating = len(micro_batches) > 1
     total = torch.zeros((), device=device)
     for batch in micro_batches:
-        loss = _loss(model, batch, device) / valid
+        loss = _loss(model, batch, device, mesh) / valid
         (loss * mesh.averaged).backward()  # FSDP averages over ranks, each of which has a part of the sum
         total += loss.detach()
     norm = optimizer.step(lr)
@@ -55,15 +55,27 @@ def evaluate(model: nn.Module, stream: BatchStream, device: torch.device, mesh: 
     total = torch.zeros((), dtype=torch.float64, device=device)
     valid = 0
     for batch in (batch for micro_batches in stream.one_pass() for batch in micro_batches):
-        total += _loss(model, batch, device)
+        total += _loss(model, batch, device, mesh)
         valid += valid_tokens(batch["labels"])
     model.train()
     together = Together()
     return together.sum(total.item()) / mesh.tp / (together.sum(valid) / mesh.sharers)
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Any:
-    return next_token_loss(model, inputs_of(model, batch, device))
+def _loss(model: nn.Module, batch: dict[str, Tensor], device: torch.device, mesh: Mesh) -> Any:
+    return next_token_loss(model, inputs_of(model, own_part(batch, mesh), device))
+
+
+def own_part(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What this rank computes of rows that ``cp`` ranks share: its tokens, and what they predict, the last one too.
+
+    Positions and masks stay whole, from which a model sees where its part, and each document, begins.
+    """
+    if mesh.cp == 1:
+        return batch
+    batch = {**batch, "targets": next_token_targets(batch["labels"])}
+    del batch["labels"]
+    return batch | {name: part_of(batch[name], mesh.place["cp"], mesh.cp) for name in ("input_ids", "targets")}
 
 
 def _count(numbers: Any) -> float:

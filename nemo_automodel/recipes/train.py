@@ -236,7 +236,7 @@ class Run:
         self.model = build_model(config, resumed, self.device, config.data.packing, self.mesh)
         check_lengths(self._longest, self.model.config)
         if config.data.packing:
-            check_packing(self.model, self.device, self.mesh.sequence_cut)
+            check_packing(self.model, self.device, self.mesh)
         torch.manual_seed(self._dropout_seed())
         self.optimizer = build_optimizer(self.model, config.optim, config.train.seed, self.mesh)
         self.done, self.loss = 0, float("nan")

@@ -13,14 +13,14 @@ from nemo_automodel.components.placement import sent
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """``batch`` on ``device``, without waiting for it.
 
-    Labels stay where they are: which positions have one is asked on the host.
+    Labels, and targets, stay where they are: which positions have one is asked on the host.
     An ``attention_mask`` that only tells of padding on the right is left out: no token of a causal model sees what
     follows it, and padding has no labels. Where there is a mask, transformers asks the device what is in it and waits,
     and attention takes slower kernels.
     """
     moved = {}
     for name, value in batch.items():
-        if name == "labels":
+        if name in ("labels", "targets"):
             moved[name] = value
         elif name != "attention_mask" or not _on_the_right(value):
             moved[name] = sent(value, device)

@@ -16,6 +16,11 @@ CASES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("llama untied", {"tp": 2, "dp_shard": 2}, {}),
     ("qwen2 untied", {"tp": 2}, {**LORA, "lora__dora": "true"}),
     ("llama tied", {"tp": 2, "dp_shard": 2}, {**LORA, **PACKED}),
+    ("llama tied", {"cp": 4}, PACKED),
+    ("qwen2 untied", {"cp": 2}, {}),
+    ("llama untied", {"cp": 2, "tp": 2}, PACKED),
+    ("qwen2 tied", {"cp": 2, "dp_shard": 2}, {**LORA, **PACKED, "model__attn_implementation": "eager"}),
+    ("qwen2 tied", {"cp": 2, "tp": 2}, {**LORA, "mesh__sequence_parallel": "false"}),
 ]
 
 

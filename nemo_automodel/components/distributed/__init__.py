@@ -1,5 +1,6 @@
 """Several ranks that train one model."""
 
+from nemo_automodel.components.distributed.context import NotShared, parallelize_context, part_of
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers, join_ranks
 from nemo_automodel.components.distributed.mesh import ALONE, Mesh, MeshConfig
 from nemo_automodel.components.distributed.parallelize import Options, parallelize
@@ -9,9 +10,12 @@ __all__ = [
     "ALONE",
     "Mesh",
     "MeshConfig",
+    "NotShared",
     "Options",
     "fully_shard_layers",
     "join_ranks",
     "parallelize",
+    "parallelize_context",
     "parallelize_tensors",
+    "part_of",
 ]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from nemo_automodel.components.distributed.context import parallelize_context
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers
 from nemo_automodel.components.distributed.mesh import Mesh
 from nemo_automodel.components.distributed.tensor import parallelize_tensors
@@ -43,11 +44,12 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
         options: what else.
 
     Raises:
-        ValueError: the plan does not fit the model, or it has no layers to shard by.
+        ValueError: the plan does not fit the model, it cannot share sequences, or it has no layers to shard by.
     """
     layer_classes = set(model._no_split_modules)
     if (axis := mesh.axis("tp")) is not None:
         parallelize_tensors(model, options.tp_plan, axis, layer_classes if mesh.sequence_parallel else ())
+    parallelize_context(model, mesh)
     if options.checkpointing:
         _checkpoint_activations(model, options.checkpointing)
     if options.compile:

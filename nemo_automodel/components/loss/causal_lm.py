@@ -32,12 +32,13 @@ def next_token_loss(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tens
     Args:
         model: called with the batch less its labels, and ``logits_to_keep`` where few positions count. One that
             ``takes_targets`` gives the loss, any other its logits.
-        batch: ``input_ids``, ``labels`` ``[batch, seq]`` and whatever else the model takes. Labels on the CPU spare the
-            host from waiting for a GPU.
+        batch: ``input_ids``, ``labels`` ``[batch, seq]`` (or ``targets``, of a part of a sequence, whose labels would
+            lack the next part's first) and whatever else the model takes. Labels on the CPU spare the host from waiting
+            for a GPU.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "targets")}
     device = batch["input_ids"].device
-    targets = next_token_targets(batch["labels"])
+    targets = batch["targets"] if "targets" in batch else next_token_targets(batch["labels"])
     positions = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
     if len(positions) < DENSE * targets.shape[1]:
         targets = targets[:, positions]

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from nemo_automodel.components.models.common.combined_projection.combined_qkv im
     head_dim_of,
     kv_heads_of,
 )
+from nemo_automodel.components.models.common.context import SharedSequence
 from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb, query_growth
 from nemo_automodel.components.models.common.spec import DecoderSpec
@@ -98,9 +100,11 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
 
     Attributes:
         kernels: whether to use the library's own kernel where it can run.
+        context: of ranks that share sequences; masks and positions are then whole, all else is of this rank's part.
     """
 
     kernels = True
+    context: SharedSequence | None = None
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, layer_idx: int, backend: BackendConfig):
         super().__init__()
@@ -162,12 +166,16 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
             key = self._normed("k_norm", key.transpose(1, 2)).transpose(1, 2)
         if self.query_growth is not None:
             assert position_ids is not None
-            query = query * query_growth(position_ids, *self.query_growth).to(query.dtype)
+            own = position_ids if self.context is None else self.context.part(position_ids)
+            query = query * query_growth(own, *self.query_growth).to(query.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
+        attend = self._attend if self.context is None else partial(self.context.attend, self._attend)
         with _fastest_sdpa(query, attention_mask):
-            output, weights = self._attend(query, key, value, attention_mask, position_ids, **kwargs)
+            output, weights = attend(
+                query, key, value, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+            )
         return self.o_proj(output.flatten(2).contiguous()), weights
 
     def _attend(

@@ -30,6 +30,7 @@ from nemo_automodel.components.models.common.backend import BackendConfig, initi
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
     CombinedProjectionStateDictAdapter,
 )
+from nemo_automodel.components.models.common.context import SharedSequence
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.models.common.norm import LayerNorm, RMSNorm
 from nemo_automodel.components.models.common.rope import RotaryEmbeddings, rotary_embedding
@@ -151,7 +152,13 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
 
 class DecoderModel(DecoderPreTrainedModel):
-    """Embeddings, layers, final norm and RoPE."""
+    """Embeddings, layers, final norm and RoPE.
+
+    Attributes:
+        context: of ranks that share sequences; positions and masks are then whole, all else is of this rank's part.
+    """
+
+    context: SharedSequence | None = None
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, backend: BackendConfig):
         super().__init__(config)
@@ -221,18 +228,21 @@ class DecoderModel(DecoderPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             _refuse_packed_with_mask(position_ids, attention_mask)
+        if self.context is not None and (use_cache or past_key_values is not None):
+            raise ValueError("ranks that share sequences (mesh.cp) have no cache: give use_cache=False")
+        spanned = inputs_embeds if self.context is None else self.context.whole_shape(inputs_embeds)
         cached, documents, packed = past_key_values, None, position_ids
         if self.config._attn_implementation == VARLEN:
-            documents = documents_of_batch(inputs_embeds, attention_mask, position_ids, cached is not None, kwargs)
+            documents = documents_of_batch(spanned, attention_mask, position_ids, cached is not None, kwargs)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
+            position_ids = torch.arange(spanned.shape[1], device=spanned.device).unsqueeze(0) + seen
 
         # transformers looks for packed documents only where it is given no cache; one made just now is empty. Positions
         # made just now have none, and looking would make the host wait for the device
-        masks = self._masks(inputs_embeds, attention_mask if documents is None else documents, cached, packed)
+        masks = self._masks(spanned, attention_mask if documents is None else documents, cached, packed)
         hidden_states = self._first_hidden_states(inputs_embeds)
         position_embeddings = self._position_embeddings(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.spec.layer_types, strict=True):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of
+from nemo_automodel.components.models.common.context import SharedSequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,14 @@ class RotaryEmbedding(nn.Module):
         config: a config with ``rope_parameters`` and ``max_position_embeddings``.
         spec: what differs from Llama's.
 
+    Attributes:
+        context: of ranks that share sequences, whose tables are of this rank's part.
+
     Raises:
         ValueError: a ``rope_type`` that transformers does not know.
     """
 
+    context: SharedSequence | None = None
     inv_freq: Tensor
     original_inv_freq: Tensor
 
@@ -105,9 +110,11 @@ class RotaryEmbedding(nn.Module):
         return self
 
     @torch.no_grad()
-    @dynamic_rope_update
+    @dynamic_rope_update  # which asks for the longest position: ranks that share a sequence must agree on it
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[batch, seq, rotary_dim]``, in ``hidden_states``' dtype or fp32, for ``[batch, seq]``."""
+        if self.context is not None:
+            position_ids = self.context.part(position_ids)
         inv_freq = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)

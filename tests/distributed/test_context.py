@@ -1,0 +1,163 @@
+"""Ranks that share sequences compute what one does with whole ones: families, masks, positions; and what is refused."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Ministral3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from nemo_automodel._transformers import registry
+from nemo_automodel.components.distributed import Mesh, NotShared, parallelize_context, part_of
+from nemo_automodel.components.loss import IGNORE, next_token_loss
+from nemo_automodel.components.models.common.decoder import DecoderModel
+from nemo_automodel.recipes.checks import check_packing
+from nemo_automodel.recipes.step import own_part
+from tests.conftest import assert_near, randomize, tiny, tokens
+from tests.distributed.ranks import run_ranks
+
+LENGTH = 24
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "Gemma2": tiny(Gemma2Config, "eager", head_dim=8, **WINDOWS),  # windows, softcaps
+    "Gemma3": tiny(Gemma3TextConfig, "sdpa", head_dim=8, **WINDOWS),  # windows, norms of heads, a RoPE for each type
+    "Qwen3": tiny(Qwen3Config, "sdpa", head_dim=8),  # norms of heads
+    "SmolLM3": tiny(SmolLM3Config, "eager", no_rope_layers=[1, 0], pad_token_id=None),  # a layer without RoPE
+    "Ministral3": tiny(  # queries that grow with the position
+        Ministral3Config, "sdpa", head_dim=8, rope_parameters={**YARN, "llama_4_scaling_beta": 0.5}
+    ),
+    "Llama": tiny(LlamaConfig, "sdpa", max_position_embeddings=16, rope_parameters=DYNAMIC),  # frequencies by length
+}
+
+
+def _build(name: str, config: PreTrainedConfig) -> Any:
+    return randomize(registry.resolve(f"{name}ForCausalLM")(copy.deepcopy(config))).train()
+
+
+def _batch(kind: str) -> dict[str, Tensor]:
+    """Two rows whose second half has nothing to predict; or packed ones, with documents that go over every cut."""
+    ids = tokens(2, LENGTH)
+    labels = ids.clone()
+    if kind == "plain":
+        labels[:, LENGTH // 2 + 1 :] = IGNORE
+        return {"input_ids": ids, "labels": labels}
+    if kind == "padded on the left":
+        mask = torch.ones_like(ids)
+        mask[0, :7], labels[0, :8] = 0, IGNORE
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    starts = torch.tensor([[0, 5, 16], [0, 10, 14]])
+    labels.scatter_(1, starts, IGNORE)
+    since = torch.zeros_like(ids).scatter_(1, starts, starts).cummax(1).values
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(LENGTH) - since}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+def _same_step(name: str, config: PreTrainedConfig, kind: str) -> None:
+    whole, shared, mesh = _build(name, config), _build(name, config), Mesh({"cp": dist.get_world_size()})
+    expected = next_token_loss(whole, _batch(kind))
+    expected.backward()
+    parallelize_context(shared, mesh)
+    actual = next_token_loss(shared, own_part(_batch(kind), mesh))
+    actual.backward()
+    loss, wanted = actual.detach().clone(), _gradients(whole)
+    dist.all_reduce(loss)
+    assert_near(loss, expected.detach(), what=f"{name}, {kind}: loss")
+    assert _gradients(shared).keys() == wanted.keys()
+    for parameter, gradient in _gradients(shared).items():
+        dist.all_reduce(gradient)
+        assert_near(gradient, wanted[parameter], what=f"{name}, {kind}: {parameter}")
+
+
+def _same_steps() -> None:
+    for name, config in FAMILIES.items():
+        for kind in ("plain", "packed"):
+            _same_step(name, config, kind)
+    _same_step("Qwen3", FAMILIES["Qwen3"], "padded on the left")
+
+
+def test_families_take_the_same_step() -> None:
+    run_ranks(2, _same_steps)
+
+
+def _blind(model: Any, *args: Any) -> Any:
+    """Masks as if a rank's positions were all there is: they see no documents but its own, from its own beginning."""
+    spanned, mask, cache, positions = args
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return _MASKS(
+        model,
+        spanned,
+        mask,
+        cache,
+        positions if positions is None else part_of(positions, rank, ranks).repeat(1, ranks),
+    )
+
+
+_MASKS = DecoderModel._masks
+
+
+def _unseen_documents(model: Any, spanned: Tensor, mask: Any, cache: Any, positions: Any) -> Any:
+    return _MASKS(model, spanned, mask, cache, None)
+
+
+def _with_masks(masks: Any, function: Callable[..., None], *args: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecoderModel, "_masks", masks)
+        function(*args)
+
+
+def test_masks_of_a_part_alone_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="Qwen3, packed: loss"):
+        run_ranks(2, _with_masks, _blind, _same_step, "Qwen3", FAMILIES["Qwen3"], "packed")
+
+
+def _check_packing(ranks: int) -> None:
+    model, mesh = _build("Qwen3", FAMILIES["Qwen3"]), Mesh({"cp": ranks})
+    parallelize_context(model, mesh)
+    check_packing(model, torch.device("cpu"), mesh)
+    with pytest.raises(ValueError, match="packed documents see each other"):  # on every rank
+        _with_masks(_unseen_documents, check_packing, model, torch.device("cpu"), mesh)
+    with pytest.raises(ValueError, match="no cache: give use_cache=False"):
+        model(input_ids=tokens(1, 4))
+    with pytest.raises(NotShared, match=r"LlamaForCausalLM: LlamaModel does not declare .* set mesh.cp=1"):
+        parallelize_context(LlamaForCausalLM(tiny()), mesh)
+
+
+def test_packing_is_checked_and_what_cannot_share_is_refused() -> None:
+    run_ranks(2, _check_packing, 2)
+
+
+def test_parts_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 context-parallel ranks cannot share a sequence of 7 tokens: pad it"):
+        part_of(torch.zeros(1, 7), 0, 2)
+
+
+def test_targets_cross_the_cut() -> None:
+    mesh = Mesh()
+    mesh.cp, mesh.place = 2, {"cp": 0}
+    labels = torch.arange(8)[None]
+    batch = {"input_ids": labels, "labels": labels, "position_ids": labels}
+    parts = []
+    for mesh.place["cp"] in range(2):
+        part = own_part(batch, mesh)
+        assert "labels" not in part
+        assert part["position_ids"].shape == (1, 8)
+        parts.append(part["targets"])
+    assert torch.cat(parts, 1).tolist() == [[1, 2, 3, 4, 5, 6, 7, IGNORE]]
