@@ -167,6 +167,11 @@ class Fusion:
         groups = self._groups_of(fused.shape[0])
         return fused.unflatten(0, (groups, self.group))[:, start : start + self.blocks[index]]
 
+    def rows_between(self, part: str) -> tuple[int, int, int]:
+        """Rows of ``part`` that stay together, from one such block to the next, and before the first."""
+        index = self.parts.index(part)
+        return self.blocks[index], self.group, sum(self.blocks[:index])
+
     def _ordered(self, value: Tensor, part: str) -> Tensor:
         if (order := self.order_of(part)) is not None:
             value = value.index_select(0, _order(order, value.shape[0], value.device)[0])

@@ -17,10 +17,12 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 """Those the kernels have, by transformers' names."""
 
 BLOCK = 1024
-TILE, TILE_WARPS = (16, 128), 4
-"""Rows and pairs of the backward kernel's programs where it takes a product on its way (16 rows are the least)."""
+TILE = (16, 64, 2)
+"""Rows, pairs and warps of the backward kernel that takes adapters' products on its way (16 rows are the least)."""
+STRETCH = 256
+"""Rows that one of those programs goes through, adding up."""
 HIGH_RANK = 128
-"""Above it the product's operands are too much for a program."""
+"""Above it the products' operands are too much for a program."""
 
 
 def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
@@ -77,34 +79,57 @@ def gated_forward_kernel(GATE_UP, OUT, width, in_stride, out_stride, KIND: tl.co
 
 @jit
 def gated_backward_kernel(  # type: ignore[no-untyped-def]
-    GRAD, GATE_UP, GRAD_GATE_UP, OUT, LEFT, RIGHT, count, width, rank, grad_stride, in_stride, out_stride,
-    left_stride, right_stride,
-    KIND: tl.constexpr, WITH_OUT: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    GRAD, GATE_UP, GRAD_GATE_UP, OUT, width, grad_stride, in_stride, out_stride,
+    KIND: tl.constexpr, WITH_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS x BLOCK pairs; with RANK, LEFT @ RIGHT is added to GRAD first."""
     blocks = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    block = tl.program_id(0) % blocks
-    pairs = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
-    cols = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    two, one = (row < count) & (pairs < 2 * width), (row < count) & (cols < width)
-    both = tl.load(GATE_UP + row * in_stride + pairs, mask=two, other=0.0)
-    grad = tl.load(GRAD + row * grad_stride + cols, mask=one, other=0.0).to(tl.float32)
-    if RANK > 0:
-        r = tl.arange(0, RANK)
-        left = tl.load(LEFT + row * left_stride + r[None, :], mask=(row < count) & (r[None, :] < rank), other=0.0)
-        right = tl.load(RIGHT + r[:, None] * right_stride + cols, mask=(r[:, None] < rank) & (cols < width), other=0.0)
-        if WIDE:  # interpreted, where bit patterns would be multiplied
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        grad += tl.dot(left, right, input_precision="ieee")
-    gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
+    row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    pairs = block * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    both = tl.load(GATE_UP + row * in_stride + pairs, mask=pairs < 2 * width, other=0.0)
+    grad = tl.load(GRAD + row * grad_stride + cols, mask=cols < width, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     active, slope = _activated(gate, KIND)
-    grads = tl.reshape(tl.join(grad * up * slope, grad * active), (ROWS, 2 * BLOCK))
-    tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=two)
+    grads = tl.reshape(tl.join(grad * up * slope, grad * active), (2 * BLOCK,))
+    tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=pairs < 2 * width)
     if WITH_OUT:
-        tl.store(OUT + row * out_stride + cols, (active * up).to(OUT.dtype.element_ty), mask=one)
+        tl.store(OUT + row * out_stride + cols, (active * up).to(OUT.dtype.element_ty), mask=cols < width)
+
+
+@jit
+def gated_low_rank_backward_kernel(  # type: ignore[no-untyped-def]
+    GRAD, GATE_UP, GRAD_GATE_UP, LEFT, RIGHT, SUMS, count, width, rank, grad_stride, in_stride,
+    left_stride, right_stride,
+    KIND: tl.constexpr, RANK: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK pairs of STRETCH rows, ROWS at a time: LEFT @ RIGHT is added to GRAD, LEFT^T @ out goes to SUMS."""
+    pairs = tl.program_id(0) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    r = tl.arange(0, RANK)
+    right = tl.load(RIGHT + r[:, None] * right_stride + cols, mask=(r[:, None] < rank) & (cols < width), other=0.0)
+    sums = tl.zeros((RANK, BLOCK), dtype=tl.float32)
+    for start in range(0, STRETCH, ROWS):
+        row = (tl.program_id(1) * STRETCH + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        two, one = (row < count) & (pairs < 2 * width), (row < count) & (cols < width)
+        both = tl.load(GATE_UP + row * in_stride + pairs, mask=two, other=0.0)
+        grad = tl.load(GRAD + row * grad_stride + cols, mask=one, other=0.0).to(tl.float32)
+        left = tl.load(LEFT + row * left_stride + r[None, :], mask=(row < count) & (r[None, :] < rank), other=0.0)
+        gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
+        gate, up = gate.to(tl.float32), up.to(tl.float32)
+        active, slope = _activated(gate, KIND)
+        out = (active * up).to(GATE_UP.dtype.element_ty)
+        if WIDE:  # interpreted, where bit patterns would be multiplied
+            grad += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+            sums += tl.dot(tl.trans(left).to(tl.float32), out.to(tl.float32), input_precision="ieee")
+        else:
+            grad += tl.dot(left, right, input_precision="ieee")
+            sums = tl.dot(tl.trans(left), out, sums, input_precision="ieee")
+        grads = tl.reshape(tl.join(grad * up * slope, grad * active), (ROWS, 2 * BLOCK))
+        tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=two)
+    at = (tl.program_id(1) * rank + r[:, None]).to(tl.int64) * width + cols
+    tl.store(SUMS + at, sums, mask=(r[:, None] < rank) & (cols < width))
 
 
 @torch.library.triton_op("nemo_automodel::gated_forward", mutates_args={"out"})
@@ -119,14 +144,7 @@ def gated_forward(gate_up: Tensor, out: Tensor, activation: int) -> None:
 
 
 @torch.library.triton_op("nemo_automodel::gated_backward", mutates_args={"out"})
-def gated_backward(
-    grad: Tensor,
-    gate_up: Tensor,
-    out: Tensor | None,
-    activation: int,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-) -> Tensor:
+def gated_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None, activation: int) -> Tensor:
     """Gradient of ``gate_up`` ``[rows, 2 * width]``, interleaved like it.
 
     Args:
@@ -134,24 +152,43 @@ def gated_backward(
         gate_up: its input.
         out: where there, gets `gated` itself once more.
         activation: a value of `ACTIVATIONS`.
-        left: ``[rows, r]``; with it ``left @ right`` is added to ``grad``.
-        right: ``[r, width]``.
     """
-    if left is not None and right is not None and right.shape[0] > HIGH_RANK:
-        grad, left, right = torch.addmm(grad, left, right), None, None
     count, width = grad.shape
     grad_gate_up = torch.empty((count, 2 * width), dtype=gate_up.dtype, device=gate_up.device)
-    rank = 0 if left is None or right is None else max(16, power_of_two(right.shape[0]))
-    tile, block = (1, BLOCK) if rank == 0 else TILE
     if grad.numel():
-        wrapped(gated_backward_kernel)[(-(-count // tile) * -(-width // block),)](
-            grad, gate_up, grad_gate_up, grad_gate_up if out is None else out, grad if left is None else left,
-            grad if right is None else right, count, width, 0 if right is None else right.shape[0],
-            *(0 if x is None else x.stride(0) for x in (grad, gate_up, out, left, right)),
-            KIND=activation, WITH_OUT=out is not None, RANK=rank, ROWS=tile, BLOCK=block, WIDE=INTERPRETED,
-            num_warps=TILE_WARPS if rank else 4,
+        wrapped(gated_backward_kernel)[(count * -(-width // BLOCK),)](
+            grad, gate_up, grad_gate_up, grad_gate_up if out is None else out, width,
+            *(0 if x is None else x.stride(0) for x in (grad, gate_up, out)),
+            KIND=activation, WITH_OUT=out is not None, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return grad_gate_up
+
+
+@torch.library.triton_op("nemo_automodel::gated_low_rank_backward", mutates_args={})
+def gated_low_rank_backward(
+    grad: Tensor, gate_up: Tensor, activation: int, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gated_backward` of ``grad + left @ right``, and ``left^T @ gated(gate_up)`` as fp32 ``[r, width]``.
+
+    That is what adapters on the layer that reads the activation need of it, in one pass: ``left`` ``[rows, r]`` is the
+    gradient of what A gave, ``right`` ``[r, width]`` is A, and the product is A's gradient.
+    """
+    (count, width), rank = grad.shape, right.shape[0]
+    if rank > HIGH_RANK or not grad.numel():
+        out = grad.new_empty(grad.shape)
+        grad_gate_up = gated_backward(torch.addmm(grad, left, right), gate_up, out, activation)
+        return grad_gate_up, (left.t() @ out).float()
+    grad_gate_up = torch.empty((count, 2 * width), dtype=gate_up.dtype, device=gate_up.device)
+    tile, block, warps = TILE
+    splits = -(-count // STRETCH)
+    sums = torch.empty((splits, rank, width), dtype=torch.float32, device=grad.device)
+    wrapped(gated_low_rank_backward_kernel)[(-(-width // block), splits)](
+        grad, gate_up, grad_gate_up, left, right, sums, count, width, rank,
+        grad.stride(0), gate_up.stride(0), left.stride(0), right.stride(0),
+        KIND=activation, RANK=max(16, power_of_two(rank)), STRETCH=STRETCH, ROWS=tile, BLOCK=block, WIDE=INTERPRETED,
+        num_warps=warps,
+    )  # fmt: skip
+    return grad_gate_up, sums.sum(0)
 
 
 class _Gated(torch.autograd.Function):

@@ -19,7 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.add_norm import add_norm_forward
 from nemo_automodel.components.kernels.float8 import product, quantized, transposed
-from nemo_automodel.components.kernels.gated import ACTIVATIONS, gated, gated_backward, gated_forward
+from nemo_automodel.components.kernels.gated import (
+    ACTIVATIONS,
+    gated,
+    gated_backward,
+    gated_forward,
+    gated_low_rank_backward,
+)
 from nemo_automodel.components.kernels.launch import rows, runs_on, untouched
 
 
@@ -77,16 +83,21 @@ class LowRank(Protocol):
         """Of the rows of a weight in float8, fp32 ``[out, 1]``; None: the weight is in the input's dtype."""
 
     writes: int
-    """How often `write` was called by a forward pass, or again before a backward pass."""
+    """How often `pack` was called by a forward pass, or again before a backward pass."""
 
-    def stacked(self, parameters: Sequence[Tensor]) -> Tensor:
-        """All A, ``[r, in]``."""
+    def pack(self, parameters: Sequence[Tensor], into: Tensor) -> Tensor:
+        """All A, ``[r, in]``; all B times their scales go into ``[out, r]``, in the fused rows.
 
-    def write(self, parameters: Sequence[Tensor], into: Tensor) -> None:
-        """All B times their scales, in the fused rows, into ``[out, r]``, zero where parts do not meet."""
+        Where parts do not meet ``into`` stays as it is: zero.
+        """
 
-    def gradients(self, of_a: Tensor, of_b: Tensor) -> Sequence[Tensor]:
-        """Of each parameter, from those of ``stacked`` and of what ``write`` wrote."""
+    def gradients(
+        self, of_a: Tensor, of_b: Tensor, parameters: Sequence[Tensor], columns: Tensor | None, offset: float
+    ) -> Sequence[Tensor]:
+        """Of each parameter, from those of what `pack` returned and wrote.
+
+        With ``columns`` ``[in]`` the first is yet to be multiplied by ``columns + offset``.
+        """
 
 
 class Linear(nn.Linear):
@@ -164,10 +175,11 @@ class _Linear(torch.autograd.Function):
         if isinstance(recipe, int):
             x = x.new_empty(x.shape[0], width + room)[:, :width]
             gated_forward(rows(source), x, recipe)
+        a: Tensor | None = None
         if low_rank is None:
             y = F.linear(x, weight, bias)
         else:
-            a, b = low_rank.stacked(parameters), _written(low_rank, x, weight, parameters)
+            a, b = _packed(low_rank, x, weight, parameters)
             if joined is not None and (isinstance(recipe, int) or (isinstance(recipe, Normed) and recipe.room >= room)):
                 # data: what is written lies beside x, which others may have kept
                 whole = x.data.as_strided((x.shape[0], width + room), x.stride())
@@ -184,6 +196,7 @@ class _Linear(torch.autograd.Function):
             *((normed.total.detach(), normed.weight, normed.rstd) if normed else (None, None, None)),
             weight,
             t,
+            a,
             *parameters,
         )
         # not the recipe itself, which would hold its tensors for as long as the loss lives
@@ -194,33 +207,36 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        source, total, norm_weight, rstd, weight, t, *parameters = ctx.saved_tensors
+        source, total, norm_weight, rstd, weight, t, a, *parameters = ctx.saved_tensors
         low_rank, recipe = ctx.low_rank, ctx.recipe
         with_source, _, with_weight, with_bias = ctx.needs_input_grad[:4]
         shape, width = (*grad.shape[:-1], weight.shape[1]), weight.shape[1]
         grad = rows(grad)
         flat = rows(total if source is None else source)
-        grad_x = grad_t = a = x = cast("Any", None)
+        grad_x = grad_t = x = of_a = cast("Any", None)
         if low_rank is not None:
-            a = low_rank.stacked(parameters)
-            if low_rank.joined is not None:
+            # not where x is no recipe: its gradient, whose rows lie apart, would go elsewhere than to our own kernels
+            if low_rank.joined is not None and recipe is not None:
                 if low_rank.writes != ctx.writes:  # another forward pass wrote other adapters
-                    _written(low_rank, grad, weight, parameters)
+                    _packed(low_rank, grad, weight, parameters)
                 both = grad @ low_rank.joined
                 grad_x, grad_t = both[:, :width], both[:, width:]
             else:
                 grad_x = _base_gradient(grad, weight, low_rank.scale)
-                grad_t = grad @ _written(low_rank, grad, weight, parameters)
+                grad_t = grad @ _packed(low_rank, grad, weight, parameters)[1]
         elif with_source:
             grad_x = grad @ weight
 
-        with_x = with_weight or low_rank is not None
         if isinstance(recipe, int):
-            x = flat.new_empty(flat.shape[0], width) if with_x else None
-            if grad_x is None:
-                gated_forward(flat, x, recipe)
-            else:  # one kernel adds the adapters' part, and makes x as it passes
-                grad_x, shape = gated_backward(grad_x, flat, x, recipe, grad_t, a), (*shape[:-1], 2 * width)
+            shape = *shape[:-1], 2 * width
+            if low_rank is not None:  # one kernel adds the adapters' part, and makes x as it passes
+                grad_x, of_a = gated_low_rank_backward(grad_x, flat, recipe, grad_t, a)
+            else:
+                x = flat.new_empty(flat.shape[0], width) if with_weight else None
+                if grad_x is not None:
+                    grad_x = gated_backward(grad_x, flat, x, recipe)
+                elif x is not None:
+                    gated_forward(flat, x, recipe)
         else:
             if grad_t is not None:
                 grad_x.addmm_(grad_t, a)
@@ -232,12 +248,13 @@ class _Linear(torch.autograd.Function):
 
         adapters: Sequence[Tensor] = ()
         if low_rank is not None:
-            if x is None:  # (total * rstd * weight)^T grad_t, without making the norm again
-                scaled = (grad_t * rstd[:, None]).to(grad_t.dtype)
-                grad_a = (_in_fp32(scaled.t(), flat) * (norm_weight.float() + recipe[1])).to(flat.dtype)
-            else:
-                grad_a = grad_t.t() @ x
-            adapters = low_rank.gradients(grad_a, grad.t() @ t)
+            columns, offset = None, 0.0
+            if isinstance(recipe, tuple):  # (total * rstd * weight)^T grad_t, without making the norm again
+                of_a = _in_fp32((grad_t * rstd[:, None]).to(grad_t.dtype).t(), flat)
+                columns, offset = norm_weight, recipe[1]
+            elif recipe is None:
+                of_a = grad_t.t() @ x
+            adapters = low_rank.gradients(of_a, grad.t() @ t, parameters, columns, offset)
         return (
             grad_x.view(shape) if with_source else None,
             None,
@@ -270,12 +287,12 @@ def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-def _written(low_rank: LowRank, like: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """All B ``[out, r]``: beside the weight where the two are joined, else by themselves."""
+def _packed(low_rank: LowRank, like: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All A ``[r, in]``, and all B ``[out, r]``: beside the weight where the two are joined, else by themselves."""
     if low_rank.joined is None:
         b = like.new_zeros(weight.shape[0], low_rank.rank)
     else:
         b = low_rank.joined[:, weight.shape[1] :]
-    low_rank.write(parameters, b)
+    a = low_rank.pack(parameters, b)
     low_rank.writes += 1
-    return b
+    return a, b

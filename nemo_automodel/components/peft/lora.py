@@ -6,7 +6,7 @@ The base product is one for the whole fused projection; the parts' A are stacked
 laid out as the fused projection's rows are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nemo_automodel.components.kernels.float8 import quantized_reference
 from nemo_automodel.components.kernels.launch import runs_on
 from nemo_automodel.components.kernels.linear import Gated, can_run, linear
+from nemo_automodel.components.kernels.low_rank import Place, pack, unpack
 from nemo_automodel.components.layout import Fusion
 from nemo_automodel.components.peft.config import Update
 from nemo_automodel.components.placement import whole
@@ -54,6 +55,7 @@ class LoRALinear(nn.Linear):
     writes: int = 0
     column_ranks: dist.ProcessGroup | None = None
     _joined: Tensor | None = None
+    _known_places: tuple[Any, tuple[Place, ...]] = (None, ())
     scale: Tensor | None
 
     def __init__(
@@ -222,27 +224,66 @@ class LoRALinear(nn.Linear):
         of_a = parameters[: len(self.lora_A)]
         return torch.cat(list(of_a)) if len(of_a) > 1 else of_a[0]
 
-    def write(self, parameters: Sequence[Tensor], into: Tensor) -> None:
-        """B of all parts times their scales, in the fused rows, into ``[out_features, rank]``."""
+    def pack(self, parameters: Sequence[Tensor], into: Tensor) -> Tensor:
+        """A of all parts, ``[rank, in_features]``; their B, times their scales, go into the fused rows of ``into``."""
+        if self._packs(into, parameters):
+            places = self._places(parameters)
+            if len(self.lora_A) == 1:  # which is all of them
+                pack(parameters[1:], places[1:], into, into)
+                return parameters[0]
+            all_a = into.new_empty(self.rank, parameters[0].shape[1])
+            pack(parameters, places, all_a, into)
+            return all_a
         for part, b, columns in zip(self.updates, parameters[len(self.lora_A) :], self._columns(into), strict=True):
-            scale = self.updates[part].scale
-            if self.fusion is not None and self.fusion.order_of(part) is not None:
-                self.fusion.write_part(columns, part, b * scale)
+            scaled = b * self.updates[part].scale
+            if self.fusion is None:
+                columns.copy_(scaled)
             else:
-                block = columns if self.fusion is None else self.fusion.view(columns, part)
-                torch.mul(b.view(block.shape), scale, out=block)
+                self.fusion.write_part(columns, part, scaled)
+        return self.stacked(parameters)
 
-    def gradients(self, of_a: Tensor, of_b: Tensor) -> list[Tensor]:
-        """Of each A, then of each B."""
-        ranks = [a.shape[0] for a in self.lora_A.values()]
+    def gradients(
+        self, of_a: Tensor, of_b: Tensor, parameters: Sequence[Tensor], columns: Tensor | None = None, offset: float = 0
+    ) -> list[Tensor]:
+        """Of each A, then of each B; see `LowRank`."""
+        if self._packs(of_b, parameters):
+            return unpack(of_a, of_b, self._places(parameters), columns, offset, parameters[0])
+        if columns is not None:
+            of_a = of_a * (columns.float() + offset)
         parts = zip(self.updates, self._columns(of_b), strict=True)
         return [
-            *of_a.split(ranks),
+            *of_a.to(parameters[0].dtype).split([a.shape[0] for a in self.lora_A.values()]),
             *(
                 (columns if self.fusion is None else self.fusion.read_part(columns, part)) * self.updates[part].scale
                 for part, columns in parts
             ),
         ]
+
+    def _packs(self, all_b: Tensor, parameters: Sequence[Tensor]) -> bool:
+        """Whether one kernel moves all parameters: rows in the checkpoint's order, not the layer's, it does not."""
+        fusion = self.fusion
+        if fusion is not None and (fusion.columns is not None or any(order is not None for order in fusion.orders)):
+            return False
+        return runs_on(all_b, *parameters) and all(parameter.is_contiguous() for parameter in parameters)
+
+    def _places(self, parameters: Sequence[Tensor]) -> tuple[Place, ...]:
+        """Of the parameters, which may be this rank's shards, as `pack` and `gradients` get them."""
+        shapes = tuple(parameter.shape for parameter in parameters)
+        if self._known_places[0] != shapes:
+            self._known_places = shapes, tuple(self._place_all(shapes))
+        return self._known_places[1]
+
+    def _place_all(self, shapes: Sequence[torch.Size]) -> Iterator[Place]:
+        before, ranks = 0, len(self.lora_A)
+        for r, width in shapes[:ranks]:
+            yield Place(rows=r, columns=width, block=r, group=r, start=before)
+            before += r
+        before = 0
+        for (part, update), (rows, r) in zip(self.updates.items(), shapes[ranks:], strict=True):
+            block, group, start = (rows, rows, 0) if self.fusion is None else self.fusion.rows_between(part)
+            where = {"block": block, "group": group, "start": start, "column": before}
+            yield Place(rows=rows, columns=r, **where, scale=update.scale, is_b=True)
+            before += r
 
     def _columns(self, of_b: Tensor) -> list[Tensor]:
         """Of ``[out_features, rank]``, each part's ``[out_features, r]``, most of whose rows are other parts'."""

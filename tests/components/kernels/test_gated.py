@@ -93,16 +93,19 @@ def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
         gated(x, "relu")
 
 
+@pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("rank", [5, 130])
-def test_a_product_is_added_on_its_way(rank: int) -> None:
-    """Of any rank: above 128 before the kernel, which cannot hold it."""
+def test_products_are_taken_on_its_way(rank: int, rows: int) -> None:
+    """Of any rank: above 128 by themselves, for the kernel cannot hold them."""
     torch.manual_seed(0)
-    grad, gate_up = torch.randn(3, 37), torch.randn(3, 74)
-    left, right = torch.randn(3, rank), torch.randn(rank, 37)
+    grad, gate_up = torch.randn(rows, 37), torch.randn(rows, 74)
+    left, right = torch.randn(rows, rank), torch.randn(rank, 37)
     exact = gate_up.double().requires_grad_()
-    gated_reference(exact, "silu").backward(grad.double() + left.double() @ right.double())
+    out = gated_reference(exact, "silu")
+    out.backward(grad.double() + left.double() @ right.double())
     assert exact.grad is not None
-    out = torch.empty(3, 37)
-    actual = kernels.gated_backward(grad, gate_up, out, 0, left, right)
-    assert (actual - exact.grad).norm() < 1e-6 * exact.grad.norm()  # fp32 sums of 130 terms
-    assert (out - gated_reference(gate_up.double(), "silu")).norm() < 1e-6 * out.norm()
+    actual, sums = kernels.gated_low_rank_backward(grad, gate_up, 0, left, right)
+    assert (actual - exact.grad).norm() <= 1e-6 * exact.grad.norm()  # fp32 sums of 130 terms
+    expected = left.double().t() @ out.detach()
+    assert sums.dtype == FP32
+    assert (sums - expected).norm() <= 1e-6 * expected.norm()

@@ -76,12 +76,13 @@ def test_rows(rows: tuple[int, ...], recipe: str | None) -> None:
         assert_near(linear_case(rows, 24, recipe=recipe, **options, dtype=FP32))
 
 
-@pytest.mark.parametrize(("tile", "warps"), [((16, 16), 1), ((16, 128), 4), ((64, 32), 8)])
-def test_tiles(tile: tuple[int, int], warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernel that takes the adapters' gradient on its way."""
+@pytest.mark.parametrize("tile", [(16, 16, 1), (16, 128, 4), (64, 32, 8)])
+@pytest.mark.parametrize("stretch", [64, 128])
+def test_tiles(tile: tuple[int, int, int], stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kernel that takes the adapters' products on its way."""
     monkeypatch.setattr(gated_module, "TILE", tile)
-    monkeypatch.setattr(gated_module, "TILE_WARPS", warps)
-    assert_near(linear_case((35,), 70, recipe="silu", ranks={"down_proj": 5}, dtype=FP32))
+    monkeypatch.setattr(gated_module, "STRETCH", stretch)
+    assert_near(linear_case((70,), 70, recipe="silu", ranks={"down_proj": 5}, dtype=FP32))
 
 
 @pytest.mark.parametrize("fusion", [GATE_UP, QKV], ids=["gate_up", "qkv"])

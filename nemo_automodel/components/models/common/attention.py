@@ -176,7 +176,11 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
             output, weights = attend(
                 query, key, value, attention_mask=attention_mask, position_ids=position_ids, **kwargs
             )
-        return self.o_proj(output.flatten(2).contiguous()), weights
+        output = output.flatten(2).contiguous()
+        if output.requires_grad:
+            # torch 2.11's backward pass through cuDNN takes this gradient's rows to lie as the output's do, unasked
+            output.register_hook(Tensor.contiguous)
+        return self.o_proj(output), weights
 
     def _attend(
         self,
