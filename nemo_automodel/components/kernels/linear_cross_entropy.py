@@ -17,8 +17,8 @@ from nemo_automodel.components.kernels.launch import jit, runs_on, tl, wrapped
 IGNORE = -100
 """Label of a token that is not to be predicted."""
 
-CHUNK = 2**28
-"""Logits of one chunk, at most."""
+CHUNK, CHUNK_TRAINED = 2**28, 2**30
+"""Logits of one chunk, at most; more where the head is trained, for its gradient is read and written for each."""
 BLOCK, WARPS = 8192, 16
 
 
@@ -141,11 +141,12 @@ def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
         cols = start + tl.arange(0, BLOCK)
         logits = tl.load(LOGITS + row * stride + cols, mask=cols < V, other=0.0)
         logits = tl.where(cols < V, _capped(logits, multiplier, softcap, CAP), -float("inf"))
-        higher = tl.maximum(highest, logits)
+        # one of the two is as it is, the other less by this; not a number where a logit is none
+        less = tl.exp(-tl.abs(logits - highest))
         # a lane that has seen nothing yet is -inf, as is a masked one
-        seen = (higher > -float("inf")) | (logits != logits)  # and what is not a number shows
-        total = total * tl.where(seen, tl.exp(highest - higher), 0.0) + tl.where(seen, tl.exp(logits - higher), 0.0)
-        highest = higher
+        less = tl.where((logits == -float("inf")) & (highest == -float("inf")), 0.0, less)
+        total = tl.where(logits > highest, total * less + 1.0, total + less)
+        highest = tl.maximum(highest, logits)
     maximum = tl.max(highest, 0)
     tl.store(MAXIMUM + row, maximum)
     tl.store(
@@ -179,6 +180,13 @@ def cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
         tl.store(at, grad.to(LOGITS.dtype.element_ty), mask=cols < V)
 
 
+@jit
+def scaled_kernel(X, FACTOR, OUT, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + at, mask=at < n, other=0.0).to(tl.float32)
+    tl.store(OUT + at, (x * tl.load(FACTOR)).to(OUT.dtype.element_ty), mask=at < n)
+
+
 @torch.library.triton_op("nemo_automodel::cross_entropy_statistics", mutates_args={})
 def cross_entropy_statistics(
     logits: Tensor, targets: Tensor, first: int, whole: int, multiplier: float, softcap: float
@@ -208,6 +216,15 @@ def cross_entropy_gradient(
     )  # fmt: skip
 
 
+@torch.library.triton_op("nemo_automodel::scaled", mutates_args={})
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous ``x`` times an fp32 scalar, rounded once; torch would round the factor to ``x``'s dtype first."""
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        wrapped(scaled_kernel)[(-(-x.numel() // BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -223,16 +240,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_grad: bool,
     ) -> Tensor:
         with_hidden, with_weight = (needed and with_grad for needed in ctx.needs_input_grad[:2])
-        rows_at_once = max(128, CHUNK // weight.shape[0] // 128 * 128)
+        rows_at_once = max(128, (CHUNK_TRAINED if with_weight else CHUNK) // weight.shape[0] // 128 * 128)
         chunks = hidden.split(rows_at_once)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
         grad_weight = _Sum(weight, len(chunks) if len(hidden) else 0) if with_weight else None
-        done = 0
+        # one piece of memory for all: a chunk's own would be there while the last one's still is
+        room, done = hidden.new_empty(len(chunks[0]), weight.shape[0]), 0
         for chunk, wanted in zip(chunks, targets.split(rows_at_once), strict=True):
             if not len(chunk):
                 continue
-            logits = chunk @ weight.t()
+            logits = torch.mm(chunk, weight.t(), out=room[: len(chunk)])
             statistics = cross_entropy_statistics(logits, wanted, first, whole, multiplier, softcap)
             lse, at_target = _log_sum_exp(group, *statistics)
             loss += torch.where(wanted != IGNORE, lse - at_target, 0.0).sum()
@@ -243,15 +261,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.add(logits.t(), chunk)
             done += len(chunk)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.rounded())
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.total)
+        ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = [None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in (grad_hidden, grad_weight)]
-        return *scaled, None, None, None, None, None, None, None
+        grads = [None if x is None else scaled(x, grad, ctx.dtype) for x in (grad_hidden, grad_weight)]
+        return *grads, None, None, None, None, None, None, None
 
 
 def _log_sum_exp(
@@ -271,16 +290,13 @@ class _Sum:
     """A weight's gradient, added up in fp32 over chunks (or none); a single one does so inside its product."""
 
     def __init__(self, weight: Tensor, chunks: int):
-        self.dtype = weight.dtype
-        self.total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if chunks != 1 else None
+        self.single = chunks == 1
+        self.total = weight.new_empty(0) if self.single else torch.zeros_like(weight, dtype=torch.float32)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if self.total is None:
-            self.product = a @ b
+        if self.single:
+            self.total = a @ b
         elif a.is_cuda and a.dtype != torch.float32:
             torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
         else:
             self.total += a.float() @ b.float()
-
-    def rounded(self) -> Tensor:
-        return self.product if self.total is None else self.total.to(self.dtype)

@@ -53,7 +53,7 @@ def test_chunks(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     """Which have 128 rows at least; the head's gradient is summed in fp32."""
     chunked = []
     split = Tensor.split
-    monkeypatch.setattr(kernels, "CHUNK", 1)
+    monkeypatch.setattr(kernels, "CHUNK_TRAINED", 1)
     monkeypatch.setattr(Tensor, "split", lambda self, *a: chunked.append(split(self, *a)) or chunked[-1])
     case = loss_case(rows, 16, 9, 0.7, 3.0, dtype=dtype)
     assert_near(case)
