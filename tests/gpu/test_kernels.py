@@ -71,7 +71,7 @@ def assert_no_further(make: Callable[..., Case], seeds: int = 3, ratio: float = 
     assert not too_far, f"(kernel, eager): {too_far}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("name", ODD)
 def test_small_and_odd_shapes(name: str, dtype: torch.dtype) -> None:
     case = ODD[name](dtype=dtype, device=CUDA)
@@ -83,52 +83,51 @@ def test_small_and_odd_shapes(name: str, dtype: torch.dtype) -> None:
 # --- kernel by kernel
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def shapes(first: Any, *others: Any) -> Any:
+    """The first in all dtypes, the others in bf16: each is a program, and these tests take their time compiling."""
+    return [*((first, dtype) for dtype in DTYPES), *((other, BF16) for other in others)]
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("shape", [(301, 1024), (2, 100, 1337), (40, 9000)])
+@pytest.mark.parametrize(("shape", "dtype"), shapes((2, 100, 1337), (301, 1024), (40, 9000)))
 def test_gated(shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
     for strided in (False, True):
         assert_no_further(partial(gated_case, *shape, activation=activation, strided=strided), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "no branch"])
-@pytest.mark.parametrize("shape", [(301, 512), (2, 100, 1337), (3000, 2048), (40, 16384), (3, 65536)])
+@pytest.mark.parametrize(("shape", "dtype"), shapes((2, 100, 1337), (301, 512), (3000, 2048), (40, 16384), (3, 65536)))
 def test_add_norm(shape: tuple[int, ...], branch: bool, dtype: torch.dtype) -> None:
     for offset in (0.0, 1.0):
         assert_no_further(partial(norm_case, *shape, branch=branch, offset=offset), dtype=dtype)
     assert_no_further(partial(norm_case, *shape, branch=branch, frozen=True, strided=True), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", range(1, 9))
-@pytest.mark.parametrize(
-    ("head_dim", "rotary"), [(64, 64), (80, 80), (80, 32), (96, 96), (96, 72), (128, 128), (128, 64), (256, 256)]
-)
-def test_qkv_rope(group: int, head_dim: int, rotary: int, dtype: torch.dtype) -> None:
+HEADS = [(8, 64, 64), (1, 80, 80), (2, 80, 32), (3, 96, 96), (4, 96, 72), (5, 128, 128), (6, 128, 64), (7, 256, 256)]
+"""Query heads per KV head, channels, channels that turn: every group, every width."""
+
+
+@pytest.mark.parametrize(("heads", "dtype"), shapes(*HEADS))
+def test_qkv_rope(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     for shared in (True, False):
-        make = partial(rope_case, 2, 131, 2, group, head_dim, rotary, shared=shared, strided=not shared)
+        make = partial(rope_case, 2, 131, 2, *heads, shared=shared, strided=not shared)
         assert_no_further(make, 1, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (80, 32), (96, 96), (128, 128), (256, 256)])
-def test_norms_of_heads(group: int, head_dim: int, rotary: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("heads", "dtype"), shapes(HEADS[2], HEADS[0], *HEADS[4:6], HEADS[7]))
+def test_norms_of_heads(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     for norms, offset in ((True, 0.0), (True, 1.0), ("frozen", 0.0)):
-        make = partial(rope_case, 2, 531, 2, group, head_dim, rotary, norms=norms, offset=offset)
-        assert_no_further(make, dtype=dtype)
+        assert_no_further(partial(rope_case, 2, 531, 2, *heads, norms=norms, offset=offset), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("vocabulary", [1009, 8192, 32003])
+@pytest.mark.parametrize(("vocabulary", "dtype"), shapes(1009, 8192, 32003))
 @pytest.mark.parametrize("chunked", [False, True], ids=["one chunk", "chunks"])
 def test_linear_cross_entropy(
     vocabulary: int, softcap: float | None, chunked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunked:
-        monkeypatch.setattr(loss_module, "CHUNK", 128 * vocabulary)
+        monkeypatch.setattr(loss_module, "CHUNK_TRAINED", 128 * vocabulary)
     for frozen in (False, True):
         make = partial(loss_case, 333, 256, vocabulary, 0.7, softcap, frozen=frozen)
         ours = [make(dtype=dtype, device=CUDA) for _ in range(3)]
@@ -146,7 +145,7 @@ def _without_output(make: Callable[..., Case], **to: Any) -> Case:
     return case
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("recipe", ["silu", "gelu_pytorch_tanh", "normed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -155,7 +154,7 @@ def test_linear(recipe: str, frozen: bool, bias: bool, dtype: torch.dtype) -> No
     assert_no_further(make, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("recipe", [None, "silu", "gelu_pytorch_tanh", "normed"])
 @pytest.mark.parametrize("ranks", [{"o_proj": 8}, {"o_proj": 40}, {"gate_proj": 8, "up_proj": 16}, {"up_proj": 16}])
@@ -171,10 +170,10 @@ def test_ranks_of_adapters_whatever_they_are(rank: int) -> None:
     assert_no_further(partial(linear_case, (133,), 640, 768, "silu", ranks={"down_proj": rank}), dtype=BF16)
 
 
-@pytest.mark.parametrize(("tile", "warps"), [((16, 16), 1), ((64, 32), 4), ((32, 128), 8), ((16, 256), 4)])
-def test_results_do_not_depend_on_tiles(tile: tuple[int, int], warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [(16, 16, 1), (64, 32, 4), (32, 128, 8)])
+def test_results_do_not_depend_on_tiles(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_module, "TILE", tile)
-    monkeypatch.setattr(gated_module, "TILE_WARPS", warps)
+    monkeypatch.setattr(gated_module, "STRETCH", 64)
     assert_no_further(partial(linear_case, (133,), 640, 768, "silu", ranks={"down_proj": 24}), dtype=BF16)
 
 
@@ -247,14 +246,16 @@ def test_adapters_of_more_elements_than_int32_counts() -> None:
     count, width = 2**16 + 5, 2**14
     with torch.no_grad():
         gate_up = torch.randn(count, 2 * width, dtype=BF16, device=CUDA)
-        grad, out = (torch.randn(count, width, dtype=BF16, device=CUDA) for _ in range(2))
+        grad = torch.randn(count, width, dtype=BF16, device=CUDA)
         left, right = (torch.randn(*s, dtype=BF16, device=CUDA) / 4 for s in ((count, 16), (16, width)))
-        actual = gated_module.gated_backward(grad, gate_up, out, 0, left, right)
+        actual, sums = gated_module.gated_low_rank_backward(grad, gate_up, 0, left, right)
+        out = torch.empty_like(grad)
+        gated_module.gated_forward(gate_up, out, 0)
+        assert distance(sums, left.float().t() @ out.float()) < 2**-8
     truth = _ends(gate_up).double().requires_grad_()
     expected = gated_reference(truth, "silu")
     expected.backward(_ends(grad).double() + _ends(left).double() @ right.double())
     assert distance(_ends(actual), truth.grad) < 2**-8
-    assert distance(_ends(out), expected.detach()) < 2**-8
 
 
 def test_add_norm_of_more_elements_than_int32_counts() -> None:
@@ -323,8 +324,9 @@ def test_compiled(name: str, dynamic: bool) -> None:
             assert torch.equal(actual[key], value), key
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    ("name", "reentrant"), [*((name, False) for name in ODD), *((name, True) for name in list(ODD)[::7])]
+)
 def test_made_again(name: str, reentrant: bool) -> None:
     case = ODD[name](dtype=BF16, device=CUDA)
     expected = case.outcome(case.kernel, case.inputs)

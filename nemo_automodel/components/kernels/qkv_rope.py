@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from nemo_automodel.components.kernels.launch import jit, power_of_two, runs_on, tl, wrapped
 
 TOKENS, WARPS = 4, 1
-"""Tokens per program, of one head."""
+"""Tokens per program, of one head of 128 channels or more; of narrower ones more."""
 
 PARTIAL_SUMS = 64
 """Programs per head that add up the gradient of a norm's weight, each over its tokens."""
@@ -213,7 +213,8 @@ def _launch(
     """Forward into ``parts``, or, with ``raw``, backward from them into ``qkv``; norm weights' partial gradients."""
     batch, sequence, heads, head_dim = parts[1].shape
     q_weight, k_weight, eps, offset = norm
-    programs = -(-batch * sequence // TOKENS)
+    taken = TOKENS * max(1, 128 // power_of_two(head_dim))
+    programs = -(-batch * sequence // taken)
     partial = None
     if with_weight:
         programs = min(programs, PARTIAL_SUMS)
@@ -227,7 +228,7 @@ def _launch(
         batch * sequence, sequence, 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1), qkv.stride(1),
         0 if raw is None else raw.stride(1), *(stride for part in parts for stride in part.stride()[:3]), eps, offset,
         GROUP=group, D=head_dim, HALF=half, BACKWARD=raw is not None, NORM=q_weight is not None,
-        WITH_WEIGHT=with_weight, TOKENS=TOKENS, BLOCK=power_of_two(half),
+        WITH_WEIGHT=with_weight, TOKENS=taken, BLOCK=power_of_two(half),
         REST=power_of_two(max(1, head_dim - 2 * half)), num_warps=WARPS,
     )  # fmt: skip
     return partial
