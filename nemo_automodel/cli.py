@@ -166,7 +166,7 @@ def _add_verify(commands: Any) -> None:
         "--mesh",
         action="append",
         default=[],
-        help="try ranks too: fsdp=2, tp=2, fsdp=2,tp=2, hsdp=2x2; may be repeated",
+        help="try ranks too: fsdp=2, tp=2, cp=2, fsdp=2,tp=2, hsdp=2x2; may be repeated",
     )
     verify.add_argument("--quick", action="store_true", help="leave the slow checks out")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")

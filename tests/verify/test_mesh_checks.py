@@ -25,13 +25,14 @@ from nemo_automodel.components.models.llama.model import LlamaForCausalLM
 from nemo_automodel.components.models.llama.state_dict_adapter import LlamaStateDictAdapter
 from nemo_automodel.verify import Target, find_target, verify
 from nemo_automodel.verify.checks.meshes import ClassByName, Mesh, parse_mesh, same_step
-from nemo_automodel.verify.outcome import Outcome
+from nemo_automodel.verify.outcome import NotApplicable, Outcome
 from nemo_automodel.verify.ranks import RankError, run_ranks
 from nemo_automodel.verify.subject import Subject
 
 HEADS = {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 192, "vocab_size": 500}
 LLAMA = LlamaConfig(**HEADS, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
 QWEN2 = Qwen2Config(**HEADS, tie_word_embeddings=False)
+QWEN2_UNGROUPED = Qwen2Config(**HEADS | {"num_key_value_heads": 12})
 BY_HAND = Path(__file__).parents[2] / "examples" / "hand_written_model.py"
 
 
@@ -42,6 +43,7 @@ BY_HAND = Path(__file__).parents[2] / "examples" / "hand_written_model.py"
         ("tp=2", {"tp": 2}),
         ("fsdp=3, tp=2", {"shard": 3, "tp": 2}),
         ("tp=2,hsdp=2x4", {"replicate": 2, "shard": 4, "tp": 2}),
+        ("tp=2,cp=2,fsdp=2", {"shard": 2, "cp": 2, "tp": 2}),
     ],
 )
 def test_meshes_are_parsed(text: str, axes: dict[str, int]) -> None:
@@ -53,8 +55,9 @@ def test_meshes_are_parsed(text: str, axes: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cp=2", "cp is not built yet; fsdp, hsdp and tp are"),
         ("fsdp=2,pp=2", "pp is not built yet"),
+        ("cp=8", "cp=8 but 4 KV heads: cp must divide them"),
+        ("tp=2,cp=4", "cp=4 but 2 KV heads with tp=2"),
         ("tp=8", "tp=8 but 4 KV heads: tp must divide them"),
         ("dp=2", "'dp=2' is none of fsdp=2"),
         ("fsdp=two", "'fsdp=two' is none of"),
@@ -77,8 +80,8 @@ def test_an_mlp_that_does_not_divide_is_refused() -> None:
 
 def test_a_bad_mesh_is_refused_before_anything_runs() -> None:
     started: list[Any] = []
-    with pytest.raises(ValueError, match="cp is not built yet"):
-        verify(Target.of(LlamaForCausalLM, LLAMA), meshes=["tp=2", "cp=2"], on_start=started.append)
+    with pytest.raises(ValueError, match="pp is not built yet"):
+        verify(Target.of(LlamaForCausalLM, LLAMA), meshes=["tp=2", "pp=2"], on_start=started.append)
     assert not started
 
 
@@ -96,6 +99,10 @@ SLOW = pytest.mark.slow
     [
         (LLAMA, "tp=2"),
         (QWEN2, "fsdp=2"),
+        (QWEN2, "cp=2"),
+        pytest.param(LLAMA, "fsdp=2,cp=2", marks=SLOW),
+        pytest.param(QWEN2_UNGROUPED, "cp=2,tp=2", marks=SLOW),
+        pytest.param(LLAMA, "hsdp=2x2,cp=2", marks=SLOW),
         pytest.param(QWEN2, "tp=2", marks=SLOW),
         pytest.param(LLAMA, "fsdp=3", marks=SLOW),
         pytest.param(LLAMA, "fsdp=2,tp=2", marks=SLOW),
@@ -116,6 +123,15 @@ def test_a_model_by_hand_is_found_again_by_the_ranks(tmp_path: Path) -> None:
     target = find_target(BY_HAND, tmp_path, "LlamaForCausalLM")
     with Subject(target) as subject:
         assert same_step(subject, Mesh("tp=2", tp=2)).passed
+
+
+def test_a_model_by_hand_that_knows_nothing_of_parts_is_not_applicable(tmp_path: Path) -> None:
+    LLAMA.save_pretrained(tmp_path)
+    with (
+        Subject(find_target(BY_HAND, tmp_path, "LlamaForCausalLM")) as subject,
+        pytest.raises(NotApplicable, match=r"no context parallelism: .* does not declare .* 'context'"),
+    ):
+        same_step(subject, Mesh("cp=2", cp=2))
 
 
 def test_a_module_that_an_implementation_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,11 @@
 """Several ranks that train one model."""
 
-from nemo_automodel.components.distributed.context import NotShared, parallelize_context, part_of
+from nemo_automodel.components.distributed.context import (
+    NotShared,
+    check_shares_sequences,
+    parallelize_context,
+    part_of,
+)
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers, join_ranks
 from nemo_automodel.components.distributed.mesh import ALONE, Mesh, MeshConfig
 from nemo_automodel.components.distributed.parallelize import Options, parallelize
@@ -12,6 +17,7 @@ __all__ = [
     "MeshConfig",
     "NotShared",
     "Options",
+    "check_shares_sequences",
     "fully_shard_layers",
     "join_ranks",
     "parallelize",

@@ -90,6 +90,18 @@ def parallelize_context(model: nn.Module, mesh: Mesh) -> None:
     """
     if (group := mesh.cp_group) is None:
         return
+    check_shares_sequences(model)
+    context = AllToAll(group)
+    for module in filter(_declares, model.modules()):
+        module.context = context  # type: ignore[assignment]
+
+
+def check_shares_sequences(model: nn.Module) -> None:
+    """Refuse a model that would take a part of a sequence for the whole.
+
+    Raises:
+        NotShared: its backbone declares no ``context``, or layers have no module that does.
+    """
     backbone: Any = getattr(model, "base_model", model)
     layers = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules)]  # type: ignore[arg-type]
     lacking = [module for module in (backbone, *layers) if not any(map(_declares, module.modules()))]
@@ -98,9 +110,6 @@ def parallelize_context(model: nn.Module, mesh: Mesh) -> None:
             f"{type(model).__name__}: {type((lacking or [backbone])[0]).__name__} does not declare that it computes "
             "parts of sequences (an attribute 'context'), as the library's own families do: set mesh.cp=1"
         )
-    context = AllToAll(group)
-    for module in filter(_declares, model.modules()):
-        module.context = context  # type: ignore[assignment]
 
 
 def _declares(module: nn.Module) -> bool:

@@ -14,10 +14,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedConfig
 
-from nemo_automodel.components.distributed import fully_shard_layers, parallelize_tensors
+from nemo_automodel.components.distributed import (
+    ALONE,
+    NotShared,
+    Options,
+    check_shares_sequences,
+    parallelize,
+    part_of,
+)
+from nemo_automodel.components.distributed import Mesh as Ranks
 from nemo_automodel.components.models.common.tp_plan import NotCut, tp_plan_of
 from nemo_automodel.components.placement import whole
 from nemo_automodel.verify.check import Check
@@ -47,12 +54,14 @@ class Mesh:
         text: as the user wrote it.
         replicate: whole copies of the model, whose gradients are averaged (HSDP).
         shard: ranks that share one copy (FSDP2).
+        cp: ranks that share each sequence.
         tp: ranks that share each layer's computation.
     """
 
     text: str
     replicate: int = 1
     shard: int = 1
+    cp: int = 1
     tp: int = 1
 
     @property
@@ -63,17 +72,22 @@ class Mesh:
     @property
     def size(self) -> int:
         """All ranks."""
-        return self.data * self.tp
+        return self.data * self.cp * self.tp
 
     @property
     def axes(self) -> dict[str, int]:
         """Those with more than one rank, outermost first."""
-        sizes = {"replicate": self.replicate, "shard": self.shard, "tp": self.tp}
+        sizes = {"replicate": self.replicate, "shard": self.shard, "cp": self.cp, "tp": self.tp}
         return {name: size for name, size in sizes.items() if size > 1}
+
+    def of_ranks(self) -> Ranks:
+        """With this rank's place in it, or one process's."""
+        sizes = {"dp_replicate": self.replicate, "dp_shard": self.shard, "cp": self.cp, "tp": self.tp}
+        return Ranks(sizes, sequence_parallel=False)
 
 
 def parse_mesh(text: str, config: PreTrainedConfig) -> Mesh:
-    """``"fsdp=2"``, ``"tp=2"``, ``"fsdp=2,tp=2"`` or ``"hsdp=2x2"``, for a model of ``config``.
+    """``"fsdp=2"``, ``"tp=2"``, ``"cp=2"``, ``"fsdp=2,tp=2"`` or ``"hsdp=2x2"``, for a model of ``config``.
 
     Raises:
         ValueError: another word or size, or heads that do not divide over ``tp``.
@@ -81,24 +95,32 @@ def parse_mesh(text: str, config: PreTrainedConfig) -> Mesh:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis in ("cp", "pp"):
-            raise ValueError(f"--mesh {text}: {axis} is not built yet; fsdp, hsdp and tp are")
+        if axis == "pp":
+            raise ValueError(f"--mesh {text}: {axis} is not built yet; fsdp, hsdp, cp and tp are")
         wanted = r"(\d+)x(\d+)" if axis == "hsdp" else r"(\d+)"
         found = re.fullmatch(wanted, size)
-        if axis not in ("fsdp", "hsdp", "tp") or found is None:
-            raise ValueError(f"--mesh {text}: {part!r} is none of fsdp=2, hsdp=2x2 (copies x ranks of each), tp=2")
-        names = {"fsdp": ["shard"], "hsdp": ["replicate", "shard"], "tp": ["tp"]}[axis]
+        if axis not in ("fsdp", "hsdp", "cp", "tp") or found is None:
+            raise ValueError(
+                f"--mesh {text}: {part!r} is none of fsdp=2, hsdp=2x2 (copies x ranks of each), cp=2, tp=2"
+            )
+        names = {"fsdp": ["shard"], "hsdp": ["replicate", "shard"]}.get(axis, [axis])
         if sizes.keys() & names:
-            raise ValueError(f"--mesh {text}: {axis} comes on top of another one; give fsdp or hsdp, and tp, once")
+            raise ValueError(f"--mesh {text}: {axis} comes on top of another one; give fsdp or hsdp, cp and tp once")
         sizes |= dict(zip(names, map(int, found.groups()), strict=True))
     if min(sizes.values()) < 2:
         raise ValueError(f"--mesh {text}: two ranks at least, along each axis")
     mesh = Mesh(text, **sizes)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    for count, what in ((heads, "KV heads"), (config.intermediate_size, "rows of the MLP")):
-        if count % mesh.tp:
+    left = f" with tp={mesh.tp}" if mesh.tp > 1 else ""
+    for axis, count, what in (
+        ("tp", heads, "KV heads"),
+        ("tp", config.intermediate_size, "rows of the MLP"),
+        ("cp", heads // mesh.tp, f"KV heads{left}"),
+        ("cp", LENGTH, "tokens"),
+    ):
+        if count % (size := getattr(mesh, axis)):
             raise ValueError(
-                f"tp={mesh.tp} but {count} {what}: tp must divide them (in the small model that is checked)"
+                f"{axis}={size} but {count} {what}: {axis} must divide them (in the small model that is checked)"
             )
     return mesh
 
@@ -115,6 +137,11 @@ def same_step(subject: Subject, mesh: Mesh) -> Outcome:
             tp_plan_of(subject.ours())
         except NotCut as reason:
             raise NotApplicable(f"no tensor parallelism: {reason}") from reason
+    if mesh.cp > 1:
+        try:
+            check_shares_sequences(subject.ours())
+        except NotShared as reason:
+            raise NotApplicable(f"no context parallelism: {reason}") from reason
     folder = subject.scratch / mesh.text
     folder.mkdir()
     ids = subject.tokens(ROWS * mesh.data).cpu()
@@ -134,7 +161,9 @@ def same_step(subject: Subject, mesh: Mesh) -> Outcome:
             return Outcome(False, f"tensors that are on one side only: {sorted(actual.keys() ^ expected.keys())[:4]}")
         loss += actual.pop("loss") / mesh.tp
         for name, value in actual.items():
-            wanted = expected[name][_rows(rank, mesh)] if name == "logits" else expected[name]
+            wanted = expected[name]
+            if name == "logits":
+                wanted = part_of(wanted[_rows(rank, mesh)], rank // mesh.tp % mesh.cp, mesh.cp)
             differences.append(formula(f"rank {rank}: {name}", value, wanted))
     differences.append(formula("loss", loss, expected["loss"]))
     saved, stored = (load_file(each / "model.safetensors") for each in (folder / "saved", subject.checkpoint))
@@ -186,14 +215,10 @@ class Job:
 
     def load(self, dtype: torch.dtype) -> Any:
         """This rank's shards of the model."""
-        axes = self.mesh.axes
-        mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        ranks = self.mesh.of_ranks()
 
         def shard(model: Any) -> None:
-            if "tp" in axes:
-                parallelize_tensors(model, tp_plan_of(model), mesh["tp"])
-            if data := tuple(name for name in axes if name != "tp"):
-                fully_shard_layers(model, set(model._no_split_modules), mesh[data])
+            parallelize(model, ranks, Options(tp_plan=tp_plan_of(model) if ranks.tp > 1 else {}))
 
         return self.model_class.find().from_pretrained(
             self.checkpoint, dtype=dtype, attn_implementation="eager", prepare=shard
@@ -205,13 +230,13 @@ def _on_rank(job: Job) -> None:
     batch, rows = load_file(job.folder / "batch.safetensors"), _rows(dist.get_rank(), job.mesh)
     tokens = _tokens(batch["labels"])
     with Exact():
-        tensors = _step(job.load(torch.float64), batch["ids"][rows], batch["labels"][rows], tokens, job.mesh.data)
+        tensors = _step(job.load(torch.float64), batch["ids"][rows], batch["labels"][rows], tokens, job.mesh.of_ranks())
     save_file(tensors, job.folder / f"rank{dist.get_rank()}.safetensors")
 
 
 def _rows(rank: int, mesh: Mesh) -> slice:
     """Of the batch, for one rank."""
-    first = rank // mesh.tp * ROWS
+    first = rank // (mesh.cp * mesh.tp) * ROWS
     return slice(first, first + ROWS)
 
 
@@ -220,22 +245,22 @@ def _tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def _step(model: Any, ids: Tensor, labels: Tensor, tokens: int, ranks: int = 1) -> dict[str, Tensor]:
-    """Logits, these rows' share of the loss, and each parameter's gradient and value after a step of SGD.
+def _step(model: Any, ids: Tensor, labels: Tensor, tokens: int, mesh: Ranks = ALONE) -> dict[str, Tensor]:
+    """Logits, this rank's share of the loss, and each parameter's gradient and value after a step of SGD.
 
     Args:
-        model: sharded over ``ranks``, or whole.
+        model: this rank's part of one, or whole.
         ids: ``[rows, S]``.
         labels: ``[rows, S]``.
         tokens: of the rows of all ranks, by which the sum over these rows' tokens is divided.
-        ranks: over which FSDP averages the gradients.
+        mesh: of all ranks.
     """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    ids, targets = (part_of(x, mesh.place["cp"], mesh.cp) for x in (ids, targets))
     logits = model(input_ids=ids, use_cache=False).logits
-    summed = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     loss = summed / tokens
-    (loss * ranks).backward()
+    (loss * mesh.averaged).backward()
     parameters = dict(model.named_parameters())
     if absent := [name for name, parameter in parameters.items() if parameter.grad is None]:
         raise ValueError(f"{absent[0]} takes no part in the loss: it has no gradient")
