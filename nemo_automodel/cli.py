@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from nemo_automodel import __version__
-from nemo_automodel.config import ConfigError, dump_config, format_help, load_config
+from nemo_automodel.config import dump_config, format_help, load_config
 from nemo_automodel.recipes.workloads import WORKLOADS, find_workload
 
 _TRAIN_INTRO = (
@@ -34,8 +34,9 @@ _OUT_OF_MEMORY = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``automodel`` with ``arguments`` (default: the process's own); returns the exit status.
 
-    0: done. 1: `verify` or `new` found a difference. 2: the input cannot be used (one message on stderr says why).
-    130: interrupted. SIGTERM raises SystemExit(143); `train` finishes its step and saves first.
+    `recipes.exits.ExitCode` has all of them. 0: done. 1: `verify` or `new` found a difference. 2: the input cannot be
+    used (one message on stderr says why). 75: try again. 130: interrupted. SIGTERM raises SystemExit(143), but `train`
+    finishes its step and saves first, and returns it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -45,17 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         with _ended_by_sigterm():
             return int(options.run(options) or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("automodel: interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_code", 130)
     except Exception as error:
+        from nemo_automodel.recipes.exits import ExitCode, exit_code, record
+
+        code, message = exit_code(error), str(error)
         if type(error).__name__ == "OutOfMemoryError":
-            print(f"automodel: out of GPU memory: {_OUT_OF_MEMORY}", file=sys.stderr)
-            return 2
-        if not _is_for_the_user(error) or os.environ.get("AUTOMODEL_TRACEBACK"):
+            message = f"out of GPU memory: {_OUT_OF_MEMORY}"
+        elif code == ExitCode.FAILED or os.environ.get("AUTOMODEL_TRACEBACK"):
+            record(f"{type(error).__name__}: {error}")
             raise
-        print(f"automodel: {error}\n(AUTOMODEL_TRACEBACK=1 shows where this came from)", file=sys.stderr)
-        return 2
+        record(message)
+        hint = "" if "OutOfMemory" in type(error).__name__ else "\n(AUTOMODEL_TRACEBACK=1 shows where this came from)"
+        print(f"automodel: {message}{hint}", file=sys.stderr)
+        return code
 
 
 @contextmanager
@@ -76,14 +82,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether the error's type is one that bad input raises; other types are defects, and keep their traceback."""
-    from nemo_automodel.components.checkpoint import CheckpointError
-    from nemo_automodel.recipes.train import TrainingError
-
-    return isinstance(error, ConfigError | CheckpointError | TrainingError | ValueError | OSError | ImportError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -233,20 +231,33 @@ def _add_bench(commands: Any) -> None:
 
 
 def _train(arguments: list[str]) -> int:
+    from nemo_automodel.recipes.launch import launch, launch_parser, split_flags
     from nemo_automodel.recipes.train import TrainConfig, train
 
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(format_help(TrainConfig, "automodel train", _TRAIN_INTRO), end="")
+        print(format_help(TrainConfig, "automodel train", _TRAIN_INTRO))
+        print(launch_parser().format_help(), end="")
         return 0
-    path = None if arguments[0].startswith("-") else arguments.pop(0)
-    print_config = "--print-config" in arguments
-    config = load_config(TrainConfig, path, [word for word in arguments if word != "--print-config"])
-    if print_config:
+    options, words = split_flags(arguments)
+    config = _train_config([word for word in words if word != "--print-config"])
+    if "--print-config" in words:
         print(dump_config(config), end="")
         return 0
+    if options is not None:
+        from nemo_automodel.recipes.building import pick_device
+
+        return launch(options, ["train", *words], config.output_dir / "logs", pick_device(config.train.device))
     summary = train(config)
-    print("\n".join(summary.lines()))
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(summary.lines()))
     return 0
+
+
+def _train_config(words: list[str]) -> Any:
+    from nemo_automodel.recipes.train import TrainConfig
+
+    path = words[0] if words and not words[0].startswith("-") else None
+    return load_config(TrainConfig, path, words[path is not None :])
 
 
 def _quickstart(options: argparse.Namespace) -> None:

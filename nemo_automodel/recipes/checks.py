@@ -79,7 +79,7 @@ def identity(config: "TrainConfig") -> dict[str, Any]:
     values = json.loads(json.dumps(asdict(config), default=str))
     for name in ("output_dir", "mesh"):
         values.pop(name)
-    for name in _FREE:
+    for name in (*_FREE, "hang_timeout"):
         values["train"].pop(name)
     return values
 

@@ -12,6 +12,7 @@ from nemo_automodel.components.loss import next_token_loss, next_token_targets, 
 from nemo_automodel.components.optim import MasterAdamW
 from nemo_automodel.components.together import Together
 from nemo_automodel.recipes.transfer import inputs_of
+from nemo_automodel.recipes.watchdog import mark
 
 
 def train_step(
@@ -44,6 +45,7 @@ def train_step(
         loss = _loss(model, batch, device, mesh) / valid
         (loss * mesh.averaged).backward()  # FSDP averages over ranks, each of which has a part of the sum
         total += loss.detach()
+    mark("optimizer")
     norm = optimizer.step(lr)
     return together.add(total) / mesh.tp, norm
 
@@ -55,6 +57,7 @@ def evaluate(model: nn.Module, stream: BatchStream, device: torch.device, mesh: 
     total = torch.zeros((), dtype=torch.float64, device=device)
     valid = 0
     for batch in (batch for micro_batches in stream.one_pass() for batch in micro_batches):
+        mark("validation")
         total += _loss(model, batch, device, mesh)
         valid += valid_tokens(batch["labels"])
     model.train()

@@ -36,12 +36,14 @@ from nemo_automodel.recipes.checks import (
     check_same_run,
     identity,
 )
+from nemo_automodel.recipes.exits import ExitCode
 from nemo_automodel.recipes.export import export_trained, save_description, untied
-from nemo_automodel.recipes.interrupts import stop_requests
+from nemo_automodel.recipes.interrupts import Stopped, stop_requests
 from nemo_automodel.recipes.progress import Progress
 from nemo_automodel.recipes.served import in_one_line, served
 from nemo_automodel.recipes.step import evaluate, train_step
 from nemo_automodel.recipes.transfer import Numbers
+from nemo_automodel.recipes.watchdog import mark, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +86,9 @@ class LoopConfig:
     log_every: int = arg(1, "optimizer steps between rows in metrics.jsonl")
     seed: int = arg(0, "of the data order, adapters' start and dropout")
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
+    hang_timeout: float | None = arg(
+        1800.0, "seconds without progress until the ranks end, saying which hangs; null: off"
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "validate_every", "save_every"):
@@ -92,6 +97,8 @@ class LoopConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.keep_last < 1 or self.log_every < 1:
             raise ValueError(f"keep_last={self.keep_last} and log_every={self.log_every} must be at least 1")
+        if self.hang_timeout is not None and self.hang_timeout < 1:
+            raise ValueError(f"hang_timeout={self.hang_timeout} must be at least 1 second; null turns it off")
 
 
 @dataclass(kw_only=True)
@@ -152,7 +159,10 @@ class Summary:
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and what the user has."""
 
+    exit_code = ExitCode.BAD_INPUT
 
+
+@watched
 def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
     """Run, or resume, the training that ``config`` describes.
 
@@ -163,7 +173,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
     Raises:
         CheckpointError: the model, or a checkpoint to resume from, cannot be used.
         TrainingError: the loss or the gradients are not finite any more.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step under way is done and saved.
+        Stopped: after Ctrl-C or SIGTERM, once the step under way is done and saved.
         ValueError: the data cannot be used, or ``config`` is not the one this folder's run began with.
     """
     run = Run(config, say)
@@ -184,7 +194,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
             if stop and step < run.total_steps:
                 run.checkpoints.wait()
                 run.say(f"stopped after step {step}, which is saved; the same command goes on from there")
-                raise KeyboardInterrupt
+                raise Stopped(stop_requested.exit_code)
     return run.finish()
 
 
@@ -262,7 +272,9 @@ class Run:
         """Queue one optimizer step; `rows` tells what it came to."""
         if not self._queue:  # the device has nothing to do
             self._clock = time.perf_counter()
+        mark("data", step)
         micro_batches = next(self.stream)
+        mark("forward/backward")
         lr = self.config.optim.lr_at(step - 1, self.total_steps)
         loss, norm = train_step(self.model, self.optimizer, micro_batches, lr, self.device, self.mesh)
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
@@ -307,6 +319,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """A checkpoint that the same command resumes from, on any number of ranks."""
+        mark("checkpoint")
         self.checkpoints.save(
             step,
             tensors=self._tensors() | random_state(self.device),
@@ -326,6 +339,7 @@ class Run:
 
     def finish(self) -> Summary:
         """Draw the loss curve and export: ``hf/``, and with LoRA ``adapter/`` too, folded into ``hf/``."""
+        mark("export")
         seconds, folder = time.perf_counter() - self._started, self.config.output_dir
         self.checkpoints.wait()
         if self.metrics:

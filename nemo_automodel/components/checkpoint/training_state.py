@@ -298,6 +298,7 @@ def random_state(device: torch.device = _CPU) -> dict[str, Tensor]:
 def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device = _CPU) -> None:
     """The inverse of `random_state`, on as many ranks and the same kind of device."""
     rank = Together().rank
-    torch.set_rng_state(tensors["rng.cpu"][rank])
+    # copies: set_rng_state does not look at a view's offset as it should, and crashes
+    torch.set_rng_state(tensors["rng.cpu"][rank].clone())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"][rank], device)
+        torch.cuda.set_rng_state(tensors["rng.cuda"][rank].clone(), device)
