@@ -9,6 +9,7 @@ from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM, re
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import ALONE, Mesh, Options, parallelize
 from nemo_automodel.components.distributed.mesh import Divided, check_divides
+from nemo_automodel.components.float8_training import check_float8, to_float8
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.models.common.varlen import VARLEN, device_gap, refuse
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
@@ -97,10 +98,16 @@ def build_model(
         refuse(device_gap(device, dtype))
     if config.lora is not None and config.lora.base_dtype == "float8":
         _check_float8(device, several)
+    if options.float8 != "off":
+        check_float8(device)
+        if mesh.tp > 1:
+            raise ValueError(f"model.float8={options.float8} does not go with mesh.tp={mesh.tp}; leave it at off")
 
     def prepare(model: Any) -> None:
         if config.lora is not None:
             apply_lora(model, config.lora, layout_of(model))
+        if options.float8 != "off":
+            to_float8(model, options.float8)
         parallelize(
             model,
             mesh,

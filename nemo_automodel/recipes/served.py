@@ -142,6 +142,8 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
     half = device_gap(*_home(model)) is None
     name = model.config._attn_implementation
     found = {"attention": f"{name}{', cuDNN first' if name == 'sdpa' and half else ''} ({why})"}
+    if options.float8 != "off":
+        found["linear layers"] = f"float8 by torchao, {options.float8} (asked for)"
     if not isinstance(model.base_model, DecoderModel):
         return {**found, "layers": OWN_CLASS}
     none = next((words for words, holds in WITHOUT_KERNELS.items() if holds(model)), None)

@@ -62,6 +62,9 @@ class ModelConfig:
         False,
         "recompute activations in the backward pass: slower, less memory; selective: all but products and attention",
     )
+    float8: Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = arg(
+        "off", "train all weights with products in float8, by torchao (Hopper, Ada or later); fastest with compile"
+    )
     compile: bool = arg(False, "compile each layer (torch.compile); the first steps take minutes longer")
     cpu_offload: bool = arg(False, "keep parameters and the optimizer in host memory (FSDP2): slow, for a small GPU")
     trust_remote_code: bool = arg(False, "run Python code that comes with the checkpoint")
@@ -116,6 +119,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.lora is not None and self.model.from_scratch:
             raise ValueError("model.from_scratch=true with lora: the random weights under the adapters would be lost")
+        if self.lora is not None and self.model.float8 != "off":
+            raise ValueError(
+                f"model.float8={self.model.float8} trains all weights; with lora set lora.base_dtype=float8 instead"
+            )
 
 
 @dataclass(frozen=True)
