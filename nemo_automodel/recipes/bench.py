@@ -22,12 +22,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nemo_automodel.recipes.bench_variant import OURS, PEERS, Request, our_config
+from nemo_automodel.recipes.bench_variant import BATCHES, OURS, PEERS, Request, our_config
 from nemo_automodel.recipes.building import auto_dtype, pick_device
 from nemo_automodel.recipes.flops import FORMULA, Arithmetic, arithmetic
 from nemo_automodel.recipes.served import in_one_line
 from nemo_automodel.recipes.step_parts import PARTS
-from nemo_automodel.recipes.workloads import Workload
+from nemo_automodel.recipes.workloads import Workload, mean_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +89,17 @@ def bench(workload: Workload, options: BenchOptions, say: Callable[[str], None] 
             lora=workload.lora,
             rows=workload.rows,
             length=workload.length,
+            documents=workload.documents,
             steps=options.steps,
             warmup=options.warmup,
             profile=options.profile,
             device=str(device),
         )
         requests = [replace(common, overrides=tuple(words)) for words in options.variants]
-        cost = arithmetic(str(folder), workload.length)
+        if workload.documents and options.peers:
+            raise ValueError(f"--peers: rows of {workload.name} hold several documents, which only ours trains on")
+        seen = mean_length(workload.rows, workload.length, BATCHES) if workload.documents else workload.length
+        cost = arithmetic(str(folder), seen)
         full = [our_config(request).lora is None for request in requests]
         requests += [replace(common, variant=peer) for peer in options.peers]
         full += [workload.lora is None] * len(options.peers)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nemo_automodel.components.data import Batch, Example, collate
+from nemo_automodel.components.data import Batch, Example, collate, collate_packed
+from nemo_automodel.components.loss import IGNORE
 from nemo_automodel.components.metrics import peak_memory_gb
 from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
@@ -30,6 +31,7 @@ from nemo_automodel.recipes.flops import matmul_peak
 from nemo_automodel.recipes.served import served
 from nemo_automodel.recipes.step_parts import BACKWARD, OTHER, PARTS, PartTimer, between, kernel_table, now
 from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, train_step
+from nemo_automodel.recipes.workloads import documents_of_step
 
 OURS = "ours"
 PEERS = ("hf", "hf_liger", "hf_compile")
@@ -51,6 +53,7 @@ class Request:
         lora: rank, None for all weights.
         rows: per optimizer step.
         length: tokens in a row.
+        documents: whether rows hold several documents.
         steps: that are measured.
         warmup: steps before them.
         profile: whether to make the table of kernels.
@@ -63,10 +66,18 @@ class Request:
     lora: int | None
     rows: int
     length: int
+    documents: bool = False
     steps: int
     warmup: int
     profile: bool
     device: str
+
+
+@dataclass(kw_only=True)
+class Documents:
+    """How documents of mixed lengths become rows."""
+
+    packing: bool = arg(True, "several in a row; else one in each, padded to the longest of a forward pass")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +88,7 @@ class BenchConfig:
     train: LoopConfig = arg(LoopConfig(), "rows per step and per forward pass")
     optim: OptimConfig = arg(OptimConfig(), "the optimizer")
     lora: LoRAConfig | None = arg(None, "adapters")
+    data: Documents = arg(Documents(), "of a workload of documents")
 
 
 class Job:
@@ -85,7 +97,7 @@ class Job:
     Attributes:
         model: for its backbone.
         optimizer: has ``step``.
-        step: one optimizer step on a batch, giving the loss as a number or a tensor on the device.
+        step: one optimizer step on a batch, or on micro-batches, giving the loss as a number or a tensor on the device.
     """
 
     def __init__(self, model: Any, optimizer: Any, step: Callable[..., Any]):
@@ -111,6 +123,8 @@ def our_config(request: Request) -> BenchConfig:
         f"--optim.lr={LR}",
         *([f"--lora={{r: {request.lora}, alpha: 32}}"] if request.lora else []),
     ]
+    if not request.documents and (idle := [word for word in request.overrides if "data.packing" in word]):
+        raise ConfigError([f"{idle[0]}: would change nothing here, where rows are one document each"])
     return bench_config(words, request.overrides)
 
 
@@ -134,19 +148,23 @@ def bench_config(words: Sequence[str], overrides: Sequence[str]) -> BenchConfig:
     return load_config(BenchConfig, None, words)
 
 
-def our_job(config: BenchConfig, device: torch.device) -> Job:
+def our_job(config: BenchConfig, device: torch.device, packing: bool = False) -> Job:
     """This library's: built, adapted and trained by what `automodel train` uses."""
     torch.manual_seed(config.train.seed)
-    model = build_model(cast("TrainConfig", config), None, device)
+    model = build_model(cast("TrainConfig", config), None, device, packing)
     optimizer = build_optimizer(model, config.optim, config.train.seed)
     size = config.train.micro_batch_size or config.train.batch_size
 
-    def step(batch: Batch, lr: float = config.optim.lr) -> Any:
-        rows = len(batch["input_ids"])
-        parts = [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, rows, size)]
+    def step(batch: Batch | list[Batch], lr: float = config.optim.lr) -> Any:
+        parts = batch if isinstance(batch, list) else _cut(batch, size)
         return train_step(model, optimizer, parts, lr, device)[0]
 
     return Job(model, optimizer, step)
+
+
+def _cut(batch: Batch, size: int) -> list[Batch]:
+    rows = len(batch["input_ids"])
+    return [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, rows, size)]
 
 
 def peer_job(request: Request, device: torch.device) -> Job:
@@ -189,9 +207,10 @@ def measure(request: Request) -> dict[str, Any]:
         torch.cuda.set_device(device)
     peak = matmul_peak(device, auto_dtype(device))
     started = time.perf_counter()
-    job = our_job(our_config(request), device) if request.variant == OURS else peer_job(request, device)
-    rows = our_config(request).train.batch_size if request.variant == OURS else request.rows
-    batches = _batches(rows, request.length, job.model.config.vocab_size)
+    config = our_config(request) if request.variant == OURS else None
+    packing = config is not None and request.documents and config.data.packing
+    job = peer_job(request, device) if config is None else our_job(config, device, packing)
+    batches, tokens = _batches(request, config, job.model.config.vocab_size)
     if gpu:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -209,9 +228,10 @@ def measure(request: Request) -> dict[str, Any]:
     if not all(map(math.isfinite, losses)):
         raise FloatingPointError(f"the losses are not finite: {losses}")
     times = [between(*pair) for pair in pairwise(marks)]
+    of_a_token = [ms / tokens[(request.warmup + i) % BATCHES] for i, ms in enumerate(times)]
     memory = peak_memory_gb(device) * 1e9 / 2**30
     result = {
-        "tokens_per_second": rows * request.length / median(times) * 1e3,
+        "tokens_per_second": 1e3 / median(of_a_token),
         "step_ms": median(times),
         "steps_ms": times,
         "peak_gib": memory,
@@ -223,13 +243,13 @@ def measure(request: Request) -> dict[str, Any]:
         "parts_ms": _parts(job, batches, device),
     }
     if request.variant == OURS:
-        result["served"] = served(job.model, our_config(request).model, packing=False)
+        result["served"] = served(job.model, our_config(request).model, packing)
     if request.profile:
         result["kernels"] = kernel_table(lambda: job.step(batches[0]), device)
     return result
 
 
-def _parts(job: Job, batches: list[Batch], device: torch.device) -> dict[str, float]:
+def _parts(job: Job, batches: list[Any], device: torch.device) -> dict[str, float]:
     """Medians over three more steps; the first one with hooks is not counted."""
     timer, rows = PartTimer(device), []
     with timer.watching(job.backbone, job.optimizer):
@@ -242,14 +262,34 @@ def _parts(job: Job, batches: list[Batch], device: torch.device) -> dict[str, fl
     return medians if medians[BACKWARD] else {}
 
 
-def _batches(rows: int, length: int, vocabulary: int) -> list[Batch]:
-    """Random tokens, as the trainer's data comes: collated on the host."""
+def _batches(request: Request, config: BenchConfig | None, vocabulary: int) -> tuple[list[Any], list[int]]:
+    """Random tokens, as the trainer's data comes: collated on the host. And how many of them each step trains on."""
     generator = torch.Generator().manual_seed(0)
-    batches = []
-    for _ in range(BATCHES):
-        ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
-        batches.append(collate([Example(row, row) for row in ids], pad_token_id=0))
-    return batches
+
+    def example(length: int) -> Example:
+        ids = torch.randint(0, vocabulary, (length,), generator=generator)
+        labels = ids.clone()
+        labels[0] = IGNORE  # or a packed document would be predicted by the one before it
+        return Example(ids, labels)
+
+    rows = request.rows if config is None else config.train.batch_size
+    if config is None or not request.documents:
+        steps = [[example(request.length) for _ in range(rows)] for _ in range(BATCHES)]
+        return [collate(step, pad_token_id=0) for step in steps], [rows * request.length] * BATCHES
+    at_once, batches, tokens = config.train.micro_batch_size or rows, [], []
+    for number in range(BATCHES):
+        packed = [[example(length) for length in row] for row in documents_of_step(rows, request.length, number)]
+        alone = [each for row in packed for each in row]
+        tokens.append(sum(map(len, alone)))
+        if config.data.packing:
+            batches.append([collate_packed(part, request.length, 0) for part in _chunks(packed, at_once)])
+        else:
+            batches.append([collate(part, 0) for part in _chunks(alone, at_once)])
+    return batches, tokens
+
+
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _kept(loss: Any) -> Any:

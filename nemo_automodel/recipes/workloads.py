@@ -1,11 +1,17 @@
 """What `automodel bench` trains: shapes, rows and row length by name, or a folder with a config.json."""
 
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from nemo_automodel.components.data import pack
+
+SHORTEST = 64
+"""A row divided by it is the shortest document; all lengths are as likely on a logarithmic scale."""
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 LLAMA: dict[str, Any] = {
@@ -38,8 +44,9 @@ class Workload:
         name: as the user writes it.
         config: the fields of its ``config.json``.
         lora: rank of adapters on all projections, None for full training.
-        rows: per optimizer step, each one document.
+        rows: per optimizer step.
         length: tokens in a row.
+        documents: whether rows hold several documents of mixed lengths, or each is one document.
         gpu_only: too large to try on a CPU unless that is asked for.
     """
 
@@ -48,16 +55,32 @@ class Workload:
     lora: int | None
     rows: int
     length: int
+    documents: bool = False
     gpu_only: bool = False
 
     @property
     def method(self) -> str:
         """How it trains, in words."""
-        return "all weights" if self.lora is None else f"LoRA r={self.lora} on all projections"
+        trained = "all weights" if self.lora is None else f"LoRA r={self.lora} on all projections"
+        return f"{trained}, documents of mixed lengths" if self.documents else trained
 
     def write_config(self, folder: Path) -> None:
         """Write ``config.json`` into ``folder``."""
         (folder / "config.json").write_text(json.dumps(self.config))
+
+
+def documents_of_step(rows: int, length: int, step: int) -> list[list[int]]:
+    """The lengths of the documents in each row of a step, packed as training packs them."""
+    generator = random.Random(step)
+    lengths = [max(2, int(length * SHORTEST ** -generator.random())) for _ in range(SHORTEST * rows)]
+    return [[lengths[number] for number in row] for row in pack(lengths, length)[:rows]]
+
+
+def mean_length(rows: int, length: int, steps: int) -> int:
+    """Of the document of a token, in the mean over the tokens of so many steps."""
+    all_rows = [row for step in range(steps) for row in documents_of_step(rows, length, step)]
+    lengths = [each for row in all_rows for each in row]
+    return round(sum(each * each for each in lengths) / sum(lengths))
 
 
 WORKLOADS = {
@@ -116,8 +139,10 @@ WORKLOADS = {
         ),
         Workload(name="tiny_lora", config=TINY, lora=16, rows=2, length=128),
         Workload(name="tiny_full", config=TINY, lora=None, rows=2, length=128),
+        Workload(name="tiny_packed", config=TINY, lora=None, rows=2, length=128, documents=True),
     )
 }
+WORKLOADS["llama1b_packed"] = replace(WORKLOADS["llama1b_full"], name="llama1b_packed", documents=True)
 """By name. The first four are the sizes that dense fine-tuning is measured at; the tiny ones take seconds anywhere."""
 
 

@@ -21,7 +21,7 @@ from nemo_automodel.recipes.bench_variant import PEERS, Request, measure, our_co
 from nemo_automodel.recipes.flops import arithmetic
 from nemo_automodel.recipes.step_parts import LOSS, PARTS, kind_of
 from nemo_automodel.recipes.train import TrainingError
-from nemo_automodel.recipes.workloads import WORKLOADS, Workload, find_workload
+from nemo_automodel.recipes.workloads import WORKLOADS, Workload, documents_of_step, find_workload, mean_length
 
 MISTRAL = {
     "model_type": "mistral",
@@ -96,6 +96,27 @@ def test_a_variant_is_measured(name: str, variant: str, tmp_path: Path) -> None:
     assert set(row["parts_ms"]) == set(PARTS)
     assert all(row["parts_ms"][part] > 0 for part in PARTS)
     assert {"matrix products", "attention", "loss", "optimizer"} <= set(row["kernels"]["kinds"])
+
+
+def test_documents_are_packed_or_padded(tmp_path: Path) -> None:
+    """The same ones, whose tokens alone count: the loss of a step is the same."""
+    workload = WORKLOADS["tiny_packed"]
+    rows = documents_of_step(2, 64, 0)
+    assert all(len(row) > 1 and 32 < sum(row) <= 64 for row in rows)
+    assert rows == documents_of_step(2, 64, 0) != documents_of_step(2, 64, 1)
+    assert 2 < mean_length(2, 64, 1) <= 64
+    found = []
+    for words in ((), ("data.packing=false",), ("train.micro_batch_size=1",)):
+        row = measure(request_of(tmp_path, workload, documents=True, length=64, overrides=words))
+        found.append(row["loss_first"])
+        tokens = [sum(map(sum, documents_of_step(2, 64, step))) for step in (1, 2)]
+        each = [ms / count for ms, count in zip(row["steps_ms"], tokens, strict=True)]
+        assert row["tokens_per_second"] == pytest.approx(1e3 / (sum(each) / 2))
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+    with pytest.raises(ConfigError, match="would change nothing here"):
+        our_config(request_of(tmp_path, overrides=("data.packing=false",)))
+    with pytest.raises(ValueError, match="only ours trains on"):
+        bench(workload, BenchOptions(peers=("hf",), device="cpu"))
 
 
 def test_overrides_reach_the_step(tmp_path: Path) -> None:
