@@ -53,7 +53,8 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
         ValueError: sizes that are not those of the ranks there are, or that the model or the data does not divide into.
     """
     sizes = config.mesh.sizes(Together().size)
-    mesh = Mesh(sizes, device.type, config.mesh.sequence_parallel)
+    ring = config.mesh.cp > 1 and config.mesh.cp_method == "ring"
+    mesh = Mesh(sizes, device.type, config.mesh.sequence_parallel, config.mesh.cp_method)
     if mesh.size == 1:
         return mesh
     each = mesh.sequence_cut
@@ -61,6 +62,8 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
         raise ValueError(
             f"data.max_length={config.data.max_length} must be a multiple of {each}, over which {mesh} cuts sequences"
         )
+    if config.data.packing and ring:
+        raise ValueError("mesh.cp_method=ring has no packed documents: set mesh.cp_method=all_to_all, or no packing")
     with blame("model.path"):
         model = read_config(config.model.path, config.model.trust_remote_code)
     kv_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
@@ -69,7 +72,7 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
         [
             Divided("KV heads", kv_heads, "tp"),
             Divided("rows of the MLP", model.intermediate_size, "tp"),
-            Divided("KV heads", kv_heads, "cp", mesh.tp),
+            *([] if ring else [Divided("KV heads", kv_heads, "cp", mesh.tp)]),
         ],
     )
     if mesh.pp > model.num_hidden_layers:

@@ -10,7 +10,7 @@ import torch
 
 from nemo_automodel.components.checkpoint import CheckpointError
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
-from nemo_automodel.components.distributed import ALONE, Mesh, part_of
+from nemo_automodel.components.distributed import ALONE, Mesh
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -113,11 +113,11 @@ def check_packing(model: "PreTrainedModel", device: torch.device, mesh: Mesh = A
     length = -(-8 // mesh.sequence_cut) * mesh.sequence_cut
     second = torch.arange(length - 4)
     documents = [torch.cat((first, second % 7)) for first in (torch.tensor([3, 4, 5, 6]), torch.tensor([6, 3, 4, 7]))]
-    rows = part_of(torch.stack(documents).to(device), mesh.place["cp"], mesh.cp)
+    rows = mesh.part(torch.stack(documents)).to(device)
     positions = torch.cat((torch.arange(4), second))[None].to(device)
     one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows)
     model.train(was_training)
-    of_second = part_of(torch.arange(length)[None] >= 4, mesh.place["cp"], mesh.cp).to(device)
+    of_second = mesh.part(torch.arange(length)[None] >= 4).to(device)
     # a rank may have tokens of the first document only, and the others would wait for one that raises alone
     if Together().any(not torch.equal(one[of_second], other[of_second])):
         raise ValueError(

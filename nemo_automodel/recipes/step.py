@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_automodel.components.data import BatchStream
-from nemo_automodel.components.distributed import ALONE, Mesh, part_of
+from nemo_automodel.components.distributed import ALONE, Mesh
 from nemo_automodel.components.loss import next_token_loss, next_token_targets, valid_tokens
 from nemo_automodel.components.optim import MasterAdamW
 from nemo_automodel.components.together import Together
@@ -78,7 +78,7 @@ def own_part(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
         return batch
     batch = {**batch, "targets": next_token_targets(batch["labels"])}
     del batch["labels"]
-    return batch | {name: part_of(batch[name], mesh.place["cp"], mesh.cp) for name in ("input_ids", "targets")}
+    return batch | {name: mesh.part(batch[name]) for name in ("input_ids", "targets")}
 
 
 def _count(numbers: Any) -> float:

@@ -4,10 +4,9 @@ from nemo_automodel.components.distributed.context import (
     NotShared,
     check_shares_sequences,
     parallelize_context,
-    part_of,
 )
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers, join_ranks
-from nemo_automodel.components.distributed.mesh import ALONE, Mesh, MeshConfig
+from nemo_automodel.components.distributed.mesh import ALONE, Mesh, MeshConfig, part_of
 from nemo_automodel.components.distributed.parallelize import Options, parallelize
 from nemo_automodel.components.distributed.tensor import parallelize_tensors
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -30,6 +31,9 @@ class MeshConfig:
     dp_replicate: int = _option(1, "whole copies of the model, each sharded over the other axes (HSDP)")
     dp_shard: int | None = _option(None, "ranks that share one copy's parameters and optimizer (FSDP2); null: the rest")
     cp: int = _option(1, "ranks that share each sequence (context parallelism)")
+    cp_method: Literal["all_to_all", "ring"] = _option(
+        "all_to_all", "how they attend to it: by heads, any attention; or ring: any heads, causal sdpa only"
+    )
     tp: int = _option(1, "ranks that share each layer's products (tensor parallelism)")
     sequence_parallel: bool = _option(True, "with tp: what lies between the products is cut along the sequence")
 
@@ -60,6 +64,7 @@ class Mesh:
         sizes: axis -> ranks along it; those left out have one.
         device_type: of the ranks' tensors.
         sequence_parallel: whether ``tp`` ranks cut along the sequence what lies between the layers' products.
+        cp_method: how ``cp`` ranks attend to the sequences that they share.
 
     Attributes:
         pp, dp_replicate, dp_shard, cp, tp: the sizes.
@@ -73,12 +78,16 @@ class Mesh:
     tp: int
 
     def __init__(
-        self, sizes: Mapping[str, int] | None = None, device_type: str = "cpu", sequence_parallel: bool = True
+        self,
+        sizes: Mapping[str, int] | None = None,
+        device_type: str = "cpu",
+        sequence_parallel: bool = True,
+        cp_method: Literal["all_to_all", "ring"] = "all_to_all",
     ):
         self.sizes = {name: (sizes or {}).get(name, 1) for name in AXES}
         self.__dict__.update(self.sizes)
         self.size = math.prod(self.sizes.values())
-        self.device_type, self.sequence_parallel = device_type, sequence_parallel
+        self.device_type, self.sequence_parallel, self.cp_method = device_type, sequence_parallel, cp_method
         rank, self.place = dist.get_rank() if self.size > 1 else 0, dict[str, int]()
         for name in reversed(AXES):
             rank, self.place[name] = divmod(rank, self.sizes[name])
@@ -106,7 +115,8 @@ class Mesh:
     @property
     def sequence_cut(self) -> int:
         """Parts into which ranks cut a sequence, whose length must be a multiple of it."""
-        return self.cp * (self.tp if self.sequence_parallel else 1)
+        pieces = 2 * self.cp if self.cp > 1 and self.cp_method == "ring" else self.cp
+        return pieces * (self.tp if self.sequence_parallel else 1)
 
     @property
     def stage(self) -> int:
@@ -141,8 +151,38 @@ class Mesh:
         ranks = torch.arange(self.size).view(-1, self.cp, self.tp).transpose(1, 2).flatten(0, 1)
         return dist.new_subgroups_by_enumeration(ranks.tolist())[0]
 
+    def part(self, x: Tensor, dim: int = 1) -> Tensor:
+        """What this rank has, of the ``cp`` that share it, of sequences that lie whole along ``dim``."""
+        return part_of(x, self.place["cp"], self.cp, dim, balanced=self.cp_method == "ring")
+
     def __str__(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.sizes.items() if size > 1) or "one rank"
+
+
+def part_of(x: Tensor, rank: int, ranks: int, dim: int = 1, balanced: bool = False) -> Tensor:
+    """What ``rank`` of ``ranks`` has of ``x``, which is whole, along ``dim``.
+
+    Args:
+        x: sequences.
+        rank: whose part.
+        ranks: that share them.
+        dim: along which they are cut.
+        balanced: cut into two pieces for each rank, of which it has one counted from the front and one from the back:
+            the first tokens see few others, the last ones many.
+
+    Raises:
+        ValueError: the pieces do not divide it.
+    """
+    if ranks == 1:
+        return x
+    pieces = 2 * ranks if balanced else ranks
+    if x.shape[dim] % pieces:
+        raise ValueError(
+            f"{ranks} context-parallel ranks cannot share a sequence of {x.shape[dim]} tokens: pad it to a multiple of "
+            f"{pieces}"
+        )
+    chunks = x.chunk(pieces, dim)
+    return torch.cat((chunks[rank], chunks[-1 - rank]), dim) if balanced else chunks[rank]
 
 
 ALONE = Mesh()

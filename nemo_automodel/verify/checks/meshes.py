@@ -256,7 +256,7 @@ def _step(model: Any, ids: Tensor, labels: Tensor, tokens: int, mesh: Ranks = AL
         mesh: of all ranks.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    ids, targets = (part_of(x, mesh.place["cp"], mesh.cp) for x in (ids, targets))
+    ids, targets = (mesh.part(x) for x in (ids, targets))
     logits = model(input_ids=ids, use_cache=False).logits
     summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     loss = summed / tokens

@@ -171,11 +171,8 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = self._attend if self.context is None else partial(self.context.attend, self._attend)
         with _fastest_sdpa(query, attention_mask):
-            output, weights = attend(
-                query, key, value, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-            )
+            output, weights = self._attend(query, key, value, attention_mask, position_ids, **kwargs)
         output = output.flatten(2).contiguous()
         if output.requires_grad:
             # torch 2.11's backward pass through cuDNN takes this gradient's rows to lie as the output's do, unasked
@@ -191,7 +188,10 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         position_ids: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        return self._attention_function()(
+        function = self._attention_function()
+        if self.context is not None:
+            function = partial(self.context.attend, function)
+        return function(
             self,
             query,
             key,

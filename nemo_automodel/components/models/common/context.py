@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+Attention = Callable[..., tuple[Tensor, Any]]
 
 
 class SharedSequence(Protocol):
@@ -21,7 +23,11 @@ class SharedSequence(Protocol):
         ...
 
     def attend(
-        self, attention: Callable[..., tuple[Tensor, Any]], query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, attention: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **opts: Any
     ) -> tuple[Tensor, Any]:
-        """``[B, heads, s, D] -> [B, s, heads, D]``: this rank's part of what ``attention`` gives whole sequences."""
+        """``[B, heads, s, D] -> [B, s, heads, D]``: this rank's part of what ``attention`` gives whole sequences.
+
+        Queries, keys and values are of the part, all else (the mask, positions) of whole sequences, as ``attention``,
+        a function of transformers' interface, takes it.
+        """
         ...
