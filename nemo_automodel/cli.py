@@ -25,6 +25,11 @@ _TRAIN_INTRO = (
 )
 
 
+_SLURM_INTRO = (
+    "Write a batch file for `automodel train` on several machines, and print how to submit it: one launcher per "
+    "machine, SIGTERM before the time limit so that the run saves, and a new start from there where that helps."
+)
+
 _OUT_OF_MEMORY = (
     "lower train.micro_batch_size (gradients accumulate, the result is the same) or data.max_length, or set "
     "model.gradient_checkpointing true; a resumed run goes on from its last checkpoint"
@@ -43,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
+        if arguments[:1] == ["slurm"]:
+            return _slurm(arguments[1:])
         options = _parser().parse_args(arguments)
         with _ended_by_sigterm():
             return int(options.run(options) or 0)
@@ -92,8 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"automodel {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    # listed here for --help only: main() gives its words to the configuration's own parser
+    # listed here for --help only: main() gives their words to the configuration's own parser
     commands.add_parser("train", help="train by a YAML file (automodel train --help lists every key)")
+    commands.add_parser("slurm", help="write a Slurm batch file for such a training on several machines")
 
     quickstart = commands.add_parser(
         "quickstart",
@@ -258,6 +266,17 @@ def _train_config(words: list[str]) -> Any:
 
     path = words[0] if words and not words[0].startswith("-") else None
     return load_config(TrainConfig, path, words[path is not None :])
+
+
+def _slurm(arguments: list[str]) -> int:
+    from nemo_automodel.recipes.slurm import slurm_parser, split_options, write_script
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(slurm_parser(_SLURM_INTRO).format_help(), end="")
+        return 0
+    options, words = split_options(arguments)
+    print("\n".join(write_script(options, words, _train_config(words).output_dir)))
+    return 0
 
 
 def _quickstart(options: argparse.Namespace) -> None:

@@ -58,6 +58,17 @@ def test_guide(guide: Path, checkpoint: Path, rows: Path, tmp_path: Path, monkey
 def test_readme_shows_commands_that_exist() -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"(?<!\w)automodel (\w+)", text))
-    assert commands == {"quickstart", "train", "generate", "merge", "export", "convert", "verify", "new", "bench"}
+    assert commands == {
+        "quickstart",
+        "train",
+        "generate",
+        "merge",
+        "export",
+        "convert",
+        "verify",
+        "new",
+        "bench",
+        "slurm",
+    }
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link

@@ -96,9 +96,11 @@ _UNDERSCORES = re.compile(r"--(nproc_per_node|node_rank|master_(addr|port)|rdzv_
 """torchrun takes its flags so as well."""
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """Says what is wrong by a ValueError, in one line."""
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}")
+        raise ValueError(message.removeprefix("argument "))
 
 
 def _whole(least: int) -> Any:
@@ -116,7 +118,7 @@ def _hyphens(match: re.Match[str]) -> str:
 
 def launch_parser() -> argparse.ArgumentParser:
     """Of the flags alone; for `--help`, and for what `split_flags` takes out of a command."""
-    parser = _Parser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = FlagParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group(
         "several ranks, with torchrun's flags (not part of the configuration; one of them starts torch's elastic agent)"
     )
@@ -182,7 +184,8 @@ def launch(options: LaunchOptions, command: Sequence[str], logs: Path, device: t
     # torch's agent gives all attempts one store, where ranks that restart find the addresses of those before
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # so many threads that the ranks together have every core; torchrun would leave all but one core idle
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     agent = _Agent(_spec(options, workers, command), logs_specs=_Logs(logs), log_line_prefix_template="${role_name}")
     with _own_words(), _signals_restored():
         try:
