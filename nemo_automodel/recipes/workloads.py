@@ -8,8 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nemo_automodel.components.data import pack
-
 SHORTEST = 64
 """A row divided by it is the shortest document; all lengths are as likely on a logarithmic scale."""
 
@@ -71,6 +69,8 @@ class Workload:
 
 def documents_of_step(rows: int, length: int, step: int) -> list[list[int]]:
     """The lengths of the documents in each row of a step, packed as training packs them."""
+    from nemo_automodel.components.data import pack  # not above: the command line's help reads this file, without torch
+
     generator = random.Random(step)
     lengths = [max(2, int(length * SHORTEST ** -generator.random())) for _ in range(SHORTEST * rows)]
     return [[lengths[number] for number in row] for row in pack(lengths, length)[:rows]]
