@@ -30,6 +30,13 @@ _SLURM_INTRO = (
     "machine, SIGTERM before the time limit so that the run saves, and a new start from there where that helps."
 )
 
+_PLAN_INTRO = (
+    "What a training would need on N ranks, of which none needs to be there: memory by rank, bytes sent by axis, "
+    "floating-point operations of a step. Takes the training's own file and keys; of the model it reads config.json, "
+    "of the data nothing."
+)
+
+
 _OUT_OF_MEMORY = (
     "lower train.micro_batch_size (gradients accumulate, the result is the same) or data.max_length, or set "
     "model.gradient_checkpointing true; a resumed run goes on from its last checkpoint"
@@ -50,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(arguments[1:])
         if arguments[:1] == ["slurm"]:
             return _slurm(arguments[1:])
+        if arguments[:1] == ["plan"]:
+            return _plan(arguments[1:])
         options = _parser().parse_args(arguments)
         with _ended_by_sigterm():
             return int(options.run(options) or 0)
@@ -102,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     # listed here for --help only: main() gives their words to the configuration's own parser
     commands.add_parser("train", help="train by a YAML file (automodel train --help lists every key)")
     commands.add_parser("slurm", help="write a Slurm batch file for such a training on several machines")
+    commands.add_parser("plan", help="what such a training would need on any number of ranks: memory, traffic")
 
     quickstart = commands.add_parser(
         "quickstart",
@@ -276,6 +286,22 @@ def _slurm(arguments: list[str]) -> int:
         return 0
     options, words = split_options(arguments)
     print("\n".join(write_script(options, words, _train_config(words).output_dir)))
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from nemo_automodel.recipes.plan import plan
+    from nemo_automodel.recipes.train import TrainConfig
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(format_help(TrainConfig, "automodel plan --ranks N", _PLAN_INTRO), end="")
+        return 0
+    at = arguments.index("--ranks") if "--ranks" in arguments else len(arguments)
+    ranks = arguments[at + 1 : at + 2]
+    if not ranks or not ranks[0].isdecimal():
+        raise ValueError("plan takes the number of ranks as --ranks N (1, 8, 4096, ...)")
+    config = _train_config(arguments[:at] + arguments[at + 2 :])
+    print("\n".join(plan(config, int(ranks[0])).lines()))
     return 0
 
 

@@ -89,8 +89,8 @@ def build_model(
 ) -> "PreTrainedModel":
     """The model to train, in training mode, with adapters at their start; on several ranks, this rank's shards of it.
 
-    Where ``resumed`` will bring all weights, none are read here. With ``packing``, attention that is ``auto`` is varlen
-    where that can serve the model.
+    Where ``resumed`` will bring all weights, none are read here; nor on the device ``meta``, where there are none. With
+    ``packing``, attention that is ``auto`` is varlen where that can serve the model.
 
     Raises:
         ValueError: varlen attention is asked for where it does not run.
@@ -128,10 +128,11 @@ def build_model(
         "backend": options.backend,
         "trust_remote_code": options.trust_remote_code,
     }
-    if (resumed and config.lora is None) or options.from_scratch:
+    if (resumed and config.lora is None) or options.from_scratch or device.type == "meta":
         # drawn whole, by the CPU's generator, so that all ranks draw the same; sharding moves them to the device
         source = resumed.folder / "hf" if resumed else options.path
-        model = NeMoAutoModelForCausalLM.from_config(source, device="cpu" if several else device, **common)
+        drawn_on = "cpu" if several and device.type != "meta" else device
+        model = NeMoAutoModelForCausalLM.from_config(source, device=drawn_on, **common)
         prepare(model)
     else:
         model = NeMoAutoModelForCausalLM.from_pretrained(options.path, device=device, prepare=prepare, **common)

@@ -142,7 +142,7 @@ def parallelize_tensors(
         ValueError: an entry that matches no module, or a style that is none; nothing is changed then.
     """
     modules = dict(model.named_modules())
-    styles = _matched(model, plan, modules)
+    styles = styles_of(model, plan)
     ties = [
         (head, name)
         for name, module in modules.items()
@@ -164,8 +164,13 @@ def parallelize_tensors(
         last.register_forward_hook(lambda _, args, output: _moved(output, mesh, SEQUENCE, WHOLE))
 
 
-def _matched(model: nn.Module, plan: Mapping[str, str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name of each module that the plan speaks of -> its style's."""
+def styles_of(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Name of each module that the plan speaks of -> its style's.
+
+    Raises:
+        ValueError: an entry that matches no module, or a style that is none.
+    """
+    modules = dict(model.named_modules())
     styles: dict[str, str] = {}
     problems = []
     for pattern, style in plan.items():

@@ -1,0 +1,189 @@
+"""What a rank needs, by formula: bytes that it sends in a step, and an estimate of what it holds beside its shards.
+
+Bytes sent are by the ring's convention (`components.distributed.traffic.sent`), n being the axis's ranks. A is one
+rank's hidden states of a step, ``tokens / cp * hidden * bytes``:
+
+    fsdp          all-gather of all parameters, for the forward pass and again for the backward pass, and
+                  reduce-scatter of the trained ones' gradients in fp32: per micro-batch, rows padded to a multiple of n
+    dp_replicate  all-reduce of a rank's shard of those gradients, per micro-batch
+    tp            2 A for every planned product of a layer: all-gather and reduce-scatter (sequence parallel), or an
+                  all-reduce. Embeddings: an all-reduce of A, and of A at the head's input in the backward pass; 3 fp32
+                  numbers a token for the loss; gradients of what is whole on every rank (norms, half of the adapters)
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nemo_automodel.components.distributed.mesh import Mesh
+from nemo_automodel.components.distributed.tensor import styles_of
+from nemo_automodel.components.distributed.traffic import sent
+from nemo_automodel.components.kernels.linear_cross_entropy import CHUNK
+from nemo_automodel.components.models.common.tp_plan import tp_plan_of
+
+if TYPE_CHECKING:
+    from nemo_automodel.recipes.train import TrainConfig
+
+ACTIVATIONS = (
+    "activations: per token and layer, in elements of the model's dtype (h hidden, q and kv channels of the heads, i of "
+    "the MLP; t = tp, s = tp if sequence_parallel else 1): 2h/s + 2h + (2q + 2kv + 3i)/t, for streams, inputs of the "
+    "products, queries, keys, values, attention, gate, up and their product (kernels that make norms and activations "
+    "again keep less); checkpointing selectively h/s + 2h + (2q + 2kv + 2i)/t; fully h/s, and one layer as without. "
+    "And for the loss 2h a token and one chunk of logits"
+)
+GATHERED = (
+    "gathered: whole parameters of the outermost FSDP unit and of two layers (one computes, one is on its way), and "
+    "where they are trained their gradients, and the fp32 copy of one unit's that is being reduced"
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's part of an optimizer step, all rows being as long as they may be.
+
+    Attributes:
+        rows: that the rank computes, with its ``cp`` and ``tp`` neighbours.
+        micro_batches: in which it does.
+        length: tokens of a row.
+        tokens: of these rows, those that this rank has.
+        largest: tokens of its largest micro-batch.
+        global_tokens: of all ranks.
+    """
+
+    rows: int
+    micro_batches: int
+    length: int
+    tokens: int
+    largest: int
+    global_tokens: int
+
+
+def work_of(config: "TrainConfig", mesh: Mesh) -> Work:
+    """What the configuration gives each rank to do."""
+    loop, length = config.train, config.data.max_length
+    rows = -(-loop.batch_size // mesh.data)
+    each = min(loop.micro_batch_size or rows, rows)
+    own = -(-length // mesh.sequence_cut) * mesh.sequence_cut // mesh.cp
+    return Work(rows, -(-rows // each), length, rows * own, each * own, loop.batch_size * length)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_bytes(parameter: nn.Parameter, accumulating: bool) -> int:
+    """Of this rank's gradient: in the parameter's dtype, but summed over micro-batches in fp32."""
+    itemsize = max(parameter.itemsize, 4) if accumulating else parameter.itemsize
+    return local(parameter).numel() * itemsize if parameter.requires_grad else 0
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The layers that are gathered one at a time; FSDP has made subclasses of theirs."""
+    classes = set(model._no_split_modules)
+    return [module for module in model.modules() if classes & {each.__name__ for each in type(module).__mro__}]
+
+
+def gathered_bytes(model: Any) -> int:
+    """The estimate `GATHERED`; 0 where FSDP shards nothing."""
+    if not any(_ranks(p, "fsdp") > 1 for p in model.parameters()):
+        return 0
+    layers = layers_of(model)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    layer = max(layers, key=lambda each: sum(map(_gathered, each.parameters())))
+    root, one = [p for p in model.parameters() if id(p) not in inside], list(layer.parameters())
+    trained = [[p for p in unit if p.requires_grad] for unit in (root, one)]
+    reduced = max(4 * sum(map(_gathered, unit)) for unit in trained)
+    return sum(_gathered(p) * p.itemsize for p in (*root, *one, *one, *trained[0], *trained[1])) + reduced
+
+
+def activation_bytes(model: Any, config: Any, mesh: Mesh, work: Work, checkpointing: Any) -> int:
+    """The estimate `ACTIVATIONS`, for the layers that ``model`` has."""
+    layers = len(layers_of(model))
+    hidden, inner, t = config.hidden_size, config.intermediate_size, mesh.tp
+    stream = hidden / (t if mesh.sequence_parallel else 1)
+    heads = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * heads
+    q = config.num_attention_heads * heads
+    kept = 2 * stream + 2 * hidden + (2 * q + 2 * kv + 3 * inner) / t
+    selective = stream + 2 * hidden + (2 * q + 2 * kv + 2 * inner) / t
+    per_token = {False: layers * kept, "selective": layers * selective, True: layers * stream + kept}[checkpointing]
+    logits = min(CHUNK, work.largest * config.vocab_size // t)
+    return int(model.dtype.itemsize * (work.largest * (per_token + 2 * hidden) + logits))
+
+
+def traffic(model: Any, mesh: Mesh, work: Work, hidden: int, checkpointing: Any) -> dict[str, int]:
+    """Axis -> bytes that this rank sends in an optimizer step; see the formulas above."""
+    total: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if (n := _ranks(parameter, "fsdp")) > 1:
+            whole = _gathered(parameter)
+            total["fsdp"] += 2 * work.micro_batches * sent("all-gather", whole * parameter.itemsize, n)
+        else:
+            whole = local(parameter).numel()
+        if parameter.requires_grad and isinstance(parameter, DTensor) and (copies := mesh.dp_replicate) > 1:
+            total["dp_replicate"] += work.micro_batches * sent("all-reduce", whole // n * 4, copies)
+        if parameter.requires_grad and n > 1:
+            total["fsdp"] += work.micro_batches * sent("reduce-scatter", whole * 4, n)
+    if mesh.tp > 1:
+        total["tp"] = _tensor_parallel(model, mesh, work, hidden, checkpointing)
+    return dict(total)
+
+
+def _tensor_parallel(model: Any, mesh: Mesh, work: Work, hidden: int, checkpointing: Any) -> int:
+    n, itemsize = mesh.tp, model.dtype.itemsize
+    states = work.tokens * hidden * itemsize
+    gathered, reduced = sent("all-gather", states, n), sent("all-reduce", states, n)
+    styles = styles_of(model, tp_plan_of(model))
+    columns, rows = (sum(style == kind for style in styles.values()) for kind in ("colwise", "rowwise"))
+    layers = len(layers_of(model))
+    trained = model.get_input_embeddings().weight.requires_grad
+    total = 2 * gathered * (columns + rows)
+    if checkpointing:  # again, but for each layer's last sum, after which nothing is kept
+        total += gathered * (columns + rows - layers) if mesh.sequence_parallel else reduced * (rows - layers)
+    if not trained:  # nobody asks for the gradient of the first layer's input
+        total -= gathered if mesh.sequence_parallel else reduced
+    if mesh.sequence_parallel:  # into the first layer, backward; out of the last
+        total += gathered * (1 + trained)
+    total += reduced  # embeddings
+    total += reduced + 3 * sent("all-reduce", work.tokens * 4, n)  # the head's input, backward; the loss
+    return total + sum(_sums_of_whole(model, mesh, work))
+
+
+def _sums_of_whole(model: nn.Module, mesh: Mesh, work: Work) -> Iterator[int]:
+    """Of gradients of parameters that tensor-parallel ranks have whole, each its term of the sum."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad or not isinstance(parameter, DTensor) or _ranks(parameter, "tp") == 1:
+            continue
+        if not _placement(parameter, "tp").is_replicate():
+            continue
+        each = sent("all-reduce", parameter.numel() * parameter.itemsize, mesh.tp)
+        sharded = _ranks(parameter, "fsdp") > 1 or _ranks(parameter, "dp_replicate") > 1
+        yield each * work.micro_batches if sharded else each  # the optimizer adds up once
+
+
+def _placement(parameter: DTensor, axis: str) -> Any:
+    return parameter.placements[(parameter.device_mesh.mesh_dim_names or ()).index(axis)]
+
+
+def _ranks(parameter: Tensor, axis: str) -> int:
+    """How many ranks of ``axis`` share ``parameter``, or have it; 1: it knows nothing of that axis."""
+    names = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
+    return parameter.device_mesh.size(names.index(axis)) if axis in names else 1  # type: ignore[attr-defined]
+
+
+def _gathered(parameter: Tensor) -> int:
+    """Elements that FSDP gathers of a parameter: its tensor-parallel shard, rows padded to a multiple of the ranks."""
+    rows, n = parameter.shape[0], _ranks(parameter, "fsdp")
+    if isinstance(parameter, DTensor) and (t := _ranks(parameter, "tp")) > 1:
+        placement = _placement(parameter, "tp")
+        if placement.is_shard() and placement.dim == 0:
+            each = -(-rows // t)
+            place = parameter.device_mesh.get_local_rank("tp")
+            rows = max(0, min(each, rows - place * each))
+    return -(-rows // n) * n * math.prod(local(parameter).shape[1:])
