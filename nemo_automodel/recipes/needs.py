@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from nemo_automodel.recipes.train import TrainConfig
 
 ACTIVATIONS = (
-    "activations: per token and layer, in elements of the model's dtype (h hidden, q and kv channels of the heads, i of "
-    "the MLP; t = tp, s = tp if sequence_parallel else 1): 2h/s + 2h + (2q + 2kv + 3i)/t, for streams, inputs of the "
-    "products, queries, keys, values, attention, gate, up and their product (kernels that make norms and activations "
-    "again keep less); checkpointing selectively h/s + 2h + (2q + 2kv + 2i)/t; fully h/s, and one layer as without. "
-    "And for the loss 2h a token and one chunk of logits"
+    "activations: per token and layer, in elements of the model's dtype (h hidden, q and kv channels of the heads, i "
+    "of the MLP; t = tp, s = tp if sequence_parallel else 1): 2h/s + 2h + (2q + 2kv + 3i)/t, for streams, inputs of "
+    "the products, queries, keys, values, attention, gate, up and their product (kernels that make norms and "
+    "activations again keep less); checkpointing selectively h/s + 2h + (2q + 2kv + 2i)/t; fully h/s, and one layer as "
+    "without. And for the loss 2h a token and one chunk of logits"
 )
 GATHERED = (
     "gathered: whole parameters of the outermost FSDP unit and of two layers (one computes, one is on its way), and "
