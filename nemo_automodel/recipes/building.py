@@ -55,6 +55,16 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
     sizes = config.mesh.sizes(Together().size)
     ring = config.mesh.cp > 1 and config.mesh.cp_method == "ring"
     mesh = Mesh(sizes, device.type, config.mesh.sequence_parallel, config.mesh.cp_method)
+    if config.model.compile and mesh.tp > 1:
+        raise ValueError(
+            f"model.compile=true with mesh.tp={mesh.tp}: gradients of compiled tensor-parallel layers came out wrong "
+            "(torch 2.13), so the two do not go together; leave one of them out"
+        )
+    if config.model.cpu_offload and (device.type == "cpu" or mesh.averaged == 1):
+        raise ValueError(
+            f"model.cpu_offload moves FSDP's shards off GPUs, and here is {device.type}, {mesh}; leave it at false, or "
+            "give mesh.dp_shard more than one GPU"
+        )
     if mesh.size == 1:
         return mesh
     each = mesh.sequence_cut
@@ -115,7 +125,7 @@ def build_model(
             model,
             mesh,
             Options(
-                tp_plan=tp_plan_of(model) if mesh.tp > 1 else {},
+                tp_plan=_tp_plan(model) if mesh.tp > 1 else {},
                 checkpointing=options.gradient_checkpointing,
                 compile=options.compile,
                 cpu_offload=options.cpu_offload,
@@ -145,6 +155,15 @@ def build_model(
     if why_not_varlen(model, options, packing) is None:
         model.set_attn_implementation(VARLEN)
     return model.train()
+
+
+def _tp_plan(model: Any) -> dict[str, str]:
+    if not hasattr(model, "state_dict_adapter"):
+        raise ValueError(
+            f"mesh: tp cuts fused projections, which {type(model).__name__}, transformers' own class, has not; leave "
+            "it at 1 (dp_shard works), or add the architecture (automodel new)"
+        )
+    return tp_plan_of(model)
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, seed: int, mesh: Mesh = ALONE) -> MasterAdamW:

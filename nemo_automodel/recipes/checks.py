@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from nemo_automodel.recipes.train import TrainConfig
 
 # what may differ between a run and its resumption: cadence, place, and how a batch is cut up
-_FREE = ("validate_every", "save_every", "async_save", "keep_last", "log_every", "device", "micro_batch_size")
+_FREE = (
+    *("validate_every", "save_every", "async_save", "keep_last", "log_every", "device", "micro_batch_size"),
+    "check_replicas_every",
+)
 
 FORMAT = 3
 """Of a checkpoint's tensors; 1 (unwritten then) had fp32 masters whole, 2 one tensor of all parameters' step counts."""

@@ -19,7 +19,7 @@ from nemo_automodel.components.checkpoint.training_state import (
     restore_random_state,
 )
 from nemo_automodel.components.data import Audit, BatchStream, DataConfig, build_dataset
-from nemo_automodel.components.distributed import Mesh, MeshConfig, join_ranks
+from nemo_automodel.components.distributed import Mesh, MeshConfig, diverged, join_ranks
 from nemo_automodel.components.metrics import MetricsLog, peak_memory_gb, plot_loss
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.optim import OptimConfig
@@ -86,6 +86,9 @@ class LoopConfig:
     save_every: int | None = arg(None, "optimizer steps between checkpoints; null: once per epoch, and at the end")
     async_save: bool = arg(True, "write checkpoints in the background, from a copy in host memory")
     keep_last: int = arg(2, "checkpoints to keep; the one with the best validation loss is kept beside them")
+    check_replicas_every: int | None = arg(
+        500, "optimizer steps between checks that copies of a parameter are equal on all ranks (and at the first three)"
+    )
     log_every: int = arg(1, "optimizer steps between rows in metrics.jsonl")
     seed: int = arg(0, "of the data order, adapters' start and dropout")
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
@@ -94,7 +97,10 @@ class LoopConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "validate_every", "save_every"):
+        for name in (
+            *("epochs", "max_steps", "batch_size", "micro_batch_size", "validate_every", "save_every"),
+            "check_replicas_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -187,6 +193,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Summary:
     with Progress(run.done, run.total_steps, run.say) as progress, stop_requests() as stop_requested:
         for step in range(run.done + 1, run.total_steps + 1):
             run.step(step)
+            run.check_replicas(step)
             stop = run.together.any(stop_requested())
             saves = stop or run.is_due(step, config.train.save_every or run.stream.batches_per_epoch)
             validates = run.validation and run.is_due(step, config.train.validate_every or run.stream.batches_per_epoch)
@@ -288,6 +295,24 @@ class Run:
         tokens = int(self.together.sum(tokens)) // self.mesh.sharers
         self._tokens += tokens
         self._queue.append(QueuedStep(step, Numbers(loss, norm), lr, tokens, self.stream.epoch))
+
+    def check_replicas(self, step: int) -> None:
+        """In the first steps, and now and then.
+
+        Raises:
+            TrainingError: ranks that have copies of a parameter have unlike ones; it is named.
+        """
+        every = self.config.train.check_replicas_every
+        if self.mesh.size == 1 or every is None or (step > self.done + 3 and step % every):
+            return
+        unlike = diverged(self.optimizer.parameters, self.mesh)
+        if self.together.any(bool(unlike)):
+            names = ", ".join(f"{name} (along {axes})" for name, axes in list(unlike.items())[:8])
+            raise TrainingError(
+                f"step {step}: ranks no longer hold the same {names or 'parameters (another rank says which)'}. That "
+                "is a defect of the library or of a machine. Checkpoints of earlier steps are as they were: go on "
+                "from the last one, and please report it"
+            )
 
     def rows(self, until: int) -> Iterator[tuple[int, dict[str, float]]]:
         """Steps queued, up to ``until``, each with its row for the metrics; waits until the device is through with it.

@@ -1,6 +1,7 @@
 """Three optimizer steps on a mesh beside the same ones in one process: losses, gradients, parameters, exports."""
 
 from collections.abc import Mapping
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from nemo_automodel.components.checkpoint import SafetensorsReader
+from nemo_automodel.components.distributed import tensor
 from nemo_automodel.components.optim import MasterAdamW
+from nemo_automodel.components.optim import adamw as optim
 from nemo_automodel.components.placement import whole
+from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
+from nemo_automodel.recipes import step
 from nemo_automodel.recipes.export import export_trained
 from nemo_automodel.recipes.train import Run, TrainConfig, train
 from tests.conftest import randomize
@@ -78,19 +83,43 @@ def options_of(folder: Path, family: str, tied: bool, **more: Any) -> dict[str, 
     }
 
 
-def record(words: list[str], out: Path) -> None:
+def _no_terms(patch: pytest.MonkeyPatch) -> None:
+    """A whole parameter's gradient is taken from one rank's tokens alone."""
+    patch.setattr(tensor, "TERM", tensor.WHOLE)
+
+
+def _loss_of_each_rank(patch: pytest.MonkeyPatch) -> None:
+    """Each rank divides by its own valid tokens."""
+    patch.setattr(step, "Together", lambda: Together(alone=True))
+
+
+def _half_the_norm(patch: pytest.MonkeyPatch) -> None:
+    """Whole copies count once for each rank."""
+    patch.setattr(optim, "_shards", lambda tensor: 1)
+
+
+def _without_inductor(patch: pytest.MonkeyPatch) -> None:
+    """No rule, but minutes less: layers are captured and differentiated as ever, and not compiled for this CPU."""
+    patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+
+
+SABOTAGE = {each.__name__: each for each in (_no_terms, _loss_of_each_rank, _half_the_norm, _without_inductor)}
+"""Rules of sharding, broken."""
+
+
+def record(words: list[str], out: Path, sabotage: str = "") -> None:
     """Train; each rank writes what it has of the gradients of every step, and the losses."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     out.mkdir(parents=True, exist_ok=True)
     recorded: dict[str, Tensor] = {}
-    steps = iter(range(100))
+    numbers = iter(range(100))
 
     def spy(self: MasterAdamW, gradients: Mapping[str, Tensor]) -> Tensor:
         norm = total_norm(self, gradients)
-        step = next(steps)
+        number = next(numbers)
         for name, gradient in gradients.items():
-            recorded[f"gradient {step} of {name}"] = whole(gradient).clone()
-        recorded[f"norm {step}"] = norm.clone()
+            recorded[f"gradient {number} of {name}"] = whole(gradient).clone()
+        recorded[f"norm {number}"] = norm.clone()
         return norm
 
     def finish(self: Run) -> Any:
@@ -102,6 +131,8 @@ def record(words: list[str], out: Path) -> None:
 
     total_norm, end = MasterAdamW._total_norm, Run.finish
     with pytest.MonkeyPatch.context() as patch:
+        if sabotage:
+            SABOTAGE[sabotage](patch)
         patch.setattr(MasterAdamW, "_total_norm", spy)
         patch.setattr(Run, "finish", finish)
         train(load_config(TrainConfig, None, words), say=lambda line: None)
@@ -134,13 +165,15 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {key: reader.read(key) for key in reader}
 
 
-def assert_equal_training(folder: Path, options: Mapping[str, Any], mesh: Mapping[str, int], ranks: int) -> None:
-    """The same training in one process and on ``ranks`` of ``mesh``."""
+def assert_equal_training(
+    folder: Path, options: Mapping[str, Any], mesh: Mapping[str, int], ranks: int, sabotage: str = ""
+) -> None:
+    """The same training in one process and on ``ranks`` of ``mesh``, where a rule of sharding may be broken."""
     one, several = folder / "one", folder / "several"
     if not one.exists():
         record(words_of({**options, "output_dir": one}), folder / "one-tensors")
-    on_mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
-    run_ranks(ranks, record, words_of({**options, **on_mesh, "output_dir": several}), folder / "tensors")
+    on_mesh: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    run_ranks(ranks, record, words_of({**options, **on_mesh, "output_dir": several}), folder / "tensors", sabotage)
     found = differences(folder / "one-tensors", folder / "tensors")
     worst = max(found, key=lambda name: found[name])
     assert found[worst] < TOLERANCE, f"{worst} differs by {found[worst]}"

@@ -1,48 +1,93 @@
 """Training on a mesh of each kind is training in one process."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed.equality import assert_equal_training, options_of
+from tests.distributed.equality import (
+    SABOTAGE,
+    assert_equal_training,
+    export_untrained,
+    options_of,
+    record,
+    weights,
+    words_of,
+)
+from tests.distributed.ranks import run_ranks
 
 LORA = {"lora__r": 4}
+DORA = {**LORA, "lora__dora": "true"}
 PACKED = {"data__packing": "true", "data__max_length": 96}
 RING = {"mesh__cp_method": "ring"}
-CASES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
+NO_SEQUENCE = {"mesh__sequence_parallel": "false"}
+Case = tuple[str, dict[str, int], dict[str, Any]]
+CASES: list[Case] = [
     ("llama tied", {"tp": 2}, {}),
-    ("qwen2 untied", {"tp": 4}, {"mesh__sequence_parallel": "false"}),
-    ("qwen2 tied", {"tp": 2}, {**LORA, "mesh__sequence_parallel": "false"}),
-    ("llama untied", {"tp": 2, "dp_shard": 2}, {}),
-    ("qwen2 untied", {"tp": 2}, {**LORA, "lora__dora": "true"}),
-    ("llama tied", {"tp": 2, "dp_shard": 2}, {**LORA, **PACKED}),
+    ("qwen2 untied", {"tp": 4}, NO_SEQUENCE),
+    ("llama untied", {"dp_replicate": 2, "dp_shard": 2}, PACKED),
+    ("qwen2 tied", {"tp": 2, "dp_shard": 2}, {"model__gradient_checkpointing": "selective"}),
+    ("qwen2 untied", {"tp": 2}, {**DORA, **PACKED}),
+    ("llama tied", {"tp": 2, "dp_shard": 2}, LORA),
     ("llama tied", {"cp": 4}, PACKED),
     ("llama untied", {"cp": 2, "tp": 2}, PACKED),
     ("qwen2 tied", {"cp": 2, "dp_shard": 2}, {**LORA, **PACKED, "model__attn_implementation": "eager"}),
     ("qwen2 untied", {"cp": 2}, RING),
 ]
-LONGER: list[tuple[str, dict[str, int], dict[str, Any]]] = [
+MORE: list[Case] = [
+    ("llama tied", {"tp": 4}, {"model__gradient_checkpointing": "true"}),
+    ("qwen2 tied", {"tp": 2}, {**LORA, **NO_SEQUENCE}),
+    ("qwen2 untied", {"tp": 2}, {**DORA, **NO_SEQUENCE}),
+    ("llama untied", {"dp_replicate": 2, "tp": 2}, {**LORA, **PACKED}),
+    ("qwen2 untied", {"dp_replicate": 4}, {}),
     ("qwen2 untied", {"cp": 2}, {"model__gradient_checkpointing": "true"}),
     ("llama tied", {"cp": 2}, {**PACKED, "model__gradient_checkpointing": "selective"}),
-    ("qwen2 tied", {"cp": 2, "tp": 2}, {**LORA, "mesh__sequence_parallel": "false"}),
-    ("llama tied", {"cp": 2, "tp": 2}, {**LORA, **PACKED, "lora__dora": "true"}),
+    ("qwen2 tied", {"cp": 2, "tp": 2}, {**LORA, **NO_SEQUENCE}),
+    ("llama tied", {"cp": 2, "tp": 2}, {**DORA, **PACKED}),
     ("llama tied", {"cp": 4}, {**RING, "model__gradient_checkpointing": "selective"}),
     ("qwen2 tied", {"cp": 2, "tp": 2}, {**RING, **LORA}),
     ("llama tied", {"cp": 2, "dp_shard": 2}, RING),
 ]
+"""As `CASES`, in the longer suite."""
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh", "options"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONGER)],
-    ids=lambda value: str(value),
+    ("model", "mesh", "options"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)], ids=str
 )
 def test_a_mesh_trains_what_one_process_trains(
     model: str, mesh: dict[str, int], options: dict[str, Any], tmp_path: Path
 ) -> None:
     family, tied = model.split()
-    ranks = 1
-    for size in mesh.values():
-        ranks *= size
+    ranks = math.prod(mesh.values())
     assert_equal_training(tmp_path, options_of(tmp_path, family, tied == "tied", **options), mesh, ranks)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in SABOTAGE if rule != "_without_inductor"])
+def test_a_broken_rule_is_seen(rule: str, tmp_path: Path) -> None:
+    mesh = {"dp_shard": 2} if rule == "_loss_of_each_rank" else {"tp": 2}
+    options = options_of(tmp_path, "llama", True, train__check_replicas_every="null")  # which would see it first
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_equal_training(tmp_path, options, mesh, 2, rule)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
+    options = options_of(tmp_path, "llama", True, data__packing="true", data__max_length=96)
+    record(words_of({**options, "output_dir": tmp_path / "one"}), tmp_path / "one-tensors")
+    options["model.compile"] = "true"
+    assert_equal_training(tmp_path, options, {"dp_shard": 2}, 2, "_without_inductor")
+
+
+MESHES: list[dict[str, int]] = [{"tp": 2}, {"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_what_was_loaded_is_exported_bit_for_bit(mesh: dict[str, int], tmp_path: Path) -> None:
+    options = options_of(tmp_path, "qwen2", False, output_dir=tmp_path / "run")
+    on_mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    run_ranks(math.prod(mesh.values()), export_untrained, words_of({**options, **on_mesh}))
+    before, after = weights(options["model.path"]), weights(tmp_path / "run/hf")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -8,6 +8,7 @@ from nemo_automodel.components.distributed.context import (
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers, join_ranks
 from nemo_automodel.components.distributed.mesh import ALONE, Mesh, MeshConfig, part_of
 from nemo_automodel.components.distributed.parallelize import Options, parallelize
+from nemo_automodel.components.distributed.replicas import diverged
 from nemo_automodel.components.distributed.tensor import parallelize_tensors
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "NotShared",
     "Options",
     "check_shares_sequences",
+    "diverged",
     "fully_shard_layers",
     "join_ranks",
     "parallelize",

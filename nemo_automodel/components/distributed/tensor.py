@@ -4,10 +4,11 @@ Parameters are DTensors, for whoever loads, saves and updates them. Modules comp
 shards of the parameters and of their input, so that kernels and adapters serve shards as they serve whole layers.
 """
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
+from torch.func import functional_call
 
 WHOLE, TERM, ROWS, COLUMNS, CHANNELS, SEQUENCE = Replicate(), Partial(), Shard(0), Shard(1), Shard(-1), Shard(1)
 
@@ -76,12 +78,19 @@ class Local(ParallelStyle):
             )
         if self.made.is_partial() and hasattr(module, "column_ranks"):
             setattr(module, "column_ranks", device_mesh.get_group())  # noqa: B010  (a declared one, of adapters)
-        plain, summed_to = module.forward, self.wanted if self.made.is_partial() else None
+        plain = copy.copy(module)
+        plain._parameters = dict(module._parameters)
+        if summed := self.made.is_partial():
+            plain._parameters["bias"] = None  # to be added once, and not by every rank
 
         def forward(itself: nn.Module, x: Tensor) -> Tensor:
             x = _moved(x, device_mesh, self.given, self.used, term=not self.used.is_shard())
-            with _plain_parameters(itself, summed_to) as bias:
-                y = plain(x)
+            local = {name: _local(parameter) for name, parameter in itself.named_parameters()}
+            bias = local.pop("bias", None) if summed else None
+            if bias is not None and self.wanted == WHOLE:  # every rank adds it to the same
+                bias = itself._parameters["bias"].to_local()  # type: ignore[union-attr]
+            plain.training = itself.training
+            y = functional_call(plain, local, (x,))
             width = getattr(itself, "out_features", None) if self.made == CHANNELS else None
             y = _moved(y, device_mesh, self.made, self.wanted, width=width)
             return y if bias is None else y + bias
@@ -160,7 +169,7 @@ def parallelize_tensors(
         modules[head].weight = modules[embedding].weight
     if layers:
         first, *_, last = [*layers.values(), *layers.values()]
-        first.register_forward_pre_hook(lambda _, args: (_cut_along_sequence(args[0], mesh), *args[1:]))
+        first.register_forward_pre_hook(partial(_cut_along_sequence, mesh))
         last.register_forward_hook(lambda _, args, output: _moved(output, mesh, SEQUENCE, WHOLE))
 
 
@@ -203,13 +212,18 @@ def _others_with_parameters(
             yield name
 
 
-def _cut_along_sequence(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    if x.shape[1] % mesh.size():
+def _cut_along_sequence(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not args:
+        raise ValueError(
+            f"sequence parallelism takes models that pass hidden states to {type(layer).__name__} by position; set "
+            "mesh.sequence_parallel=false"
+        )
+    if (tokens := args[0].shape[1]) % mesh.size():
         raise ValueError(
             f"sequence parallelism over {mesh.size()} ranks takes sequences of a multiple of that many tokens, and "
-            f"this one has {x.shape[1]}; pad it, or set mesh.sequence_parallel=false"
+            f"this one has {tokens}; pad it, or set mesh.sequence_parallel=false"
         )
-    return _moved(x, mesh, WHOLE, SEQUENCE)
+    return _moved(args[0], mesh, WHOLE, SEQUENCE), *args[1:]
 
 
 def _moved(
@@ -238,30 +252,11 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-@contextmanager
-def _plain_parameters(module: nn.Module, summed_to: Placement | None) -> Iterator[Tensor | None]:
-    """Give the module its parameters' shards as plain tensors, meanwhile.
-
-    Where the outputs of the ranks are summed (to what lies as ``summed_to``) the module is without its bias, which is
-    yielded, to be added once.
-    """
-    before = {name: parameter for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)}
-    bias = None
-    try:
-        for name, parameter in before.items():
-            # where the whole of it is here, this rank's tokens, rows or columns give a term of its gradient
-            terms = [TERM if placement.is_replicate() else placement for placement in parameter.placements]
-            owner, leaf = _owner(module, name)
-            if summed_to is not None and name == "bias":
-                bias = parameter.to_local(grad_placements=terms if summed_to == SEQUENCE else None)
-                owner._parameters[leaf] = None
-            else:
-                owner._parameters[leaf] = parameter.to_local(grad_placements=terms)  # type: ignore[assignment]
-        yield bias
-    finally:
-        for name, parameter in before.items():
-            owner, leaf = _owner(module, name)
-            owner._parameters[leaf] = parameter
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's shard. Where that is all of it, the rank's tokens, rows or columns give a term of its gradient."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=[TERM if each.is_replicate() else each for each in parameter.placements])
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

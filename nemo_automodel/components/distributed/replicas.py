@@ -1,0 +1,58 @@
+"""Whether ranks that should hold the same numbers still do."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nemo_automodel.components.distributed.mesh import Mesh
+
+PIECE = 2**24
+"""Elements that are hashed at once: eight bytes of scratch memory each, a few times."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD = -7046029254386353131  # 2^64 over the golden ratio: neighbouring places get factors that are far apart
+
+
+def diverged(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, str]:
+    """Names of tensors that differ between ranks that hold copies -> the axes of the mesh along which they do.
+
+    Args:
+        tensors: the same names in the same order on every rank of a pipeline stage, all of which call this; plain
+            (copies everywhere) or DTensors (copies along the axes that do not cut them).
+        mesh: of all ranks.
+    """
+    found: dict[str, str] = {}
+    for axis in ("dp_replicate", "fsdp", "tp"):
+        copies = [name for name, tensor in tensors.items() if not _cut_along(tensor, axis)]
+        if (ranks := mesh.axis(axis)) is None or not copies:
+            continue
+        low = torch.stack([fingerprint(tensors[name]) for name in copies])
+        high = low.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, ranks.get_group())
+        dist.all_reduce(high, dist.ReduceOp.MAX, ranks.get_group())
+        for name in (name for name, differs in zip(copies, (low != high).tolist(), strict=True) if differs):
+            found[name] = f"{found[name]}, {axis}" if name in found else axis
+    return found
+
+
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> Tensor:
+    """An int64 scalar that depends on every bit of this rank's part of ``tensor``, and on its place."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    bits = local.contiguous().view(_BITS[local.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=local.device)
+    for start in range(0, len(bits), PIECE):
+        piece = bits[start : start + PIECE].to(torch.int64)
+        places = torch.arange(start, start + len(piece), device=piece.device)
+        total += ((piece + 1) * (places * _ODD + 1)).sum()  # wraps around, everywhere alike
+    return total
+
+
+def _cut_along(tensor: Tensor, axis: str) -> bool:
+    if not isinstance(tensor, DTensor):
+        return False
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return axis in names and not tensor.placements[names.index(axis)].is_replicate()

@@ -1,0 +1,49 @@
+"""Meshes that a training refuses, before anything is built."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nemo_automodel.components.distributed import MeshConfig
+from nemo_automodel.components.together import Together
+from nemo_automodel.config import load_config
+from nemo_automodel.recipes import building
+from nemo_automodel.recipes.train import TrainConfig
+from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
+
+REFUSED = [
+    (6, {"mesh__tp": 4}, r"tp=4 takes a multiple of 4 ranks, and there are 6"),
+    (8, {"mesh__tp": 2, "mesh__dp_shard": 2}, r"dp_shard=2 x tp=2 takes 4 ranks, and there are 8"),
+    (4, {"mesh__tp": 4}, r"tp=4 does not divide the 2 KV heads; tp may be 2"),
+    (4, {"mesh__cp": 2, "mesh__tp": 2}, r"cp=2 does not divide the 2 KV heads \(1 with tp=2\); leave it at 1"),
+    (4, {"mesh__pp": 4}, r"pp=4 .*2 layers"),
+    (2, {"mesh__tp": 2, "model__compile": "true"}, r"model.compile=true with mesh.tp=2"),
+    (2, {"model__cpu_offload": "true"}, r"model.cpu_offload moves FSDP's shards off GPUs, and here is cpu, dp_shard=2"),
+    (
+        2,
+        {"mesh__tp": 2, "data__packing": "true", "data__max_length": 95},
+        r"data.max_length=95 must be a multiple of 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ranks", "words", "message"), REFUSED)
+def test_a_mesh_that_cannot_be_is_refused(
+    overrides: Callable[..., list[str]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    words: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(Together, "__init__", lambda self, alone=False: self.__dict__.update(rank=0, size=ranks))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *group: 0)
+    config = load_config(TrainConfig, None, overrides(**words))
+    with pytest.raises(ValueError, match=message):
+        building.build_mesh(config, torch.device("cpu"))
+
+
+def test_a_size_below_one_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"cp=0 must be at least 1"):
+        MeshConfig(cp=0)
+    assert MeshConfig(tp=2).sizes(8) == {"pp": 1, "dp_replicate": 1, "dp_shard": 4, "cp": 1, "tp": 2}
