@@ -24,6 +24,7 @@ from transformers import (
 
 from nemo_automodel._transformers import registry
 from nemo_automodel.components.distributed import Mesh, NotShared, parallelize_context, part_of
+from nemo_automodel.components.distributed.context import SharedSequence
 from nemo_automodel.components.loss import IGNORE, next_token_loss
 from nemo_automodel.components.models.common.decoder import DecoderModel
 from nemo_automodel.config import load_config
@@ -56,11 +57,12 @@ def _build(name: str, config: PreTrainedConfig) -> Any:
 
 
 def _batch(kind: str) -> dict[str, Tensor]:
-    """Two rows whose second half has nothing to predict; or packed ones, with documents that go over every cut."""
+    """Two rows, "plain" or as the words say; those packed have documents that go over every cut."""
     ids = tokens(2, LENGTH)
     labels = ids.clone()
-    if kind == "plain":
+    if kind == "half empty":  # a rank has nothing to predict
         labels[:, LENGTH // 2 + 1 :] = IGNORE
+    if kind in ("plain", "half empty"):
         return {"input_ids": ids, "labels": labels}
     if kind == "padded on the left":
         mask = torch.ones_like(ids)
@@ -100,7 +102,8 @@ def _same_steps() -> None:
     for name, config in FAMILIES.items():
         for kind in ("plain", "packed"):
             _same_step(name, config, kind)
-    _same_step("Qwen3", FAMILIES["Qwen3"], "padded on the left")
+    for kind in ("padded on the left", "half empty"):
+        _same_step("Qwen3", FAMILIES["Qwen3"], kind)
 
 
 def test_families_take_the_same_step() -> None:
@@ -187,6 +190,21 @@ def _with_masks(masks: Any, function: Callable[..., None], *args: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecoderModel, "_masks", masks)
         function(*args)
+
+
+def _from_zero(_: Any, x: Tensor, dim: int = 1) -> Tensor:
+    return x[:, : x.shape[1] // dist.get_world_size()]
+
+
+def _with_positions_from_zero() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedSequence, "part", _from_zero)
+        _same_step("Qwen3", FAMILIES["Qwen3"], "plain")
+
+
+def test_positions_of_a_part_alone_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="Qwen3, plain: loss"):
+        run_ranks(2, _with_positions_from_zero)
 
 
 def test_masks_of_a_part_alone_are_noticed() -> None:

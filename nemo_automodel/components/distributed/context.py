@@ -29,7 +29,11 @@ class SharedSequence:
     """
 
     def __init__(self, mesh: Mesh, group: dist.ProcessGroup):
-        self.part, self.ranks, self.group = mesh.part, mesh.cp, group
+        self._mesh, self.ranks, self.group = mesh, mesh.cp, group
+
+    def part(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of something whole, along ``dim``."""
+        return self._mesh.part(x, dim)
 
     def whole_shape(self, x: Tensor) -> Tensor:
         """Nothing, of the device, dtype, batch and whole length that the part ``x`` ``[B, s, ...]`` belongs to."""
