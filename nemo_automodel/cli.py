@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             message = f"out of GPU memory: {_OUT_OF_MEMORY}"
         elif code == ExitCode.FAILED or os.environ.get("AUTOMODEL_TRACEBACK"):
-            record(f"{type(error).__name__}: {error}")
+            record(f"{type(error).__name__}: {error}", code)
             raise
-        record(message)
+        record(message, code)
         hint = "" if "OutOfMemory" in type(error).__name__ else "\n(AUTOMODEL_TRACEBACK=1 shows where this came from)"
         print(f"automodel: {message}{hint}", file=sys.stderr)
         return code

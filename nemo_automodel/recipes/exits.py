@@ -74,10 +74,10 @@ def is_lost_rank(error: BaseException) -> bool:
     )
 
 
-def record(message: str) -> None:
+def record(message: str, code: ExitCode) -> None:
     """Leave ``message`` where the launcher looks for what a failed rank has to say; without one, nowhere."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        Path(file).write_text(json.dumps({"message": message, "code": code, "timestamp": int(time.time())}))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

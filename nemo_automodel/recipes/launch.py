@@ -293,14 +293,16 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _SECONDS_TO_DIE) -> None:
-        if self.asked is None:
-            return super()._shutdown(signal.SIGTERM, _SECONDS_TO_DIE)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it while the workers save
-        if self._hurry:  # a second Ctrl-C
-            return super()._shutdown(signal.SIGINT, _SECONDS_TO_DIE)
-        self._hurry = True
-        # a worker whose terminal is gone (SIGHUP) should save as well
-        return super()._shutdown(signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM, _SECONDS_TO_SAVE)
+        if self.asked is not None and self._pcontext is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it while the workers save
+            # a worker whose terminal is gone (SIGHUP) should save as well
+            death_sig = signal.SIGINT if self.asked == signal.SIGINT else signal.SIGTERM
+            if self._hurry:  # a second Ctrl-C
+                death_sig, timeout = signal.SIGINT, _SECONDS_TO_DIE
+            else:
+                self._hurry, timeout = True, _SECONDS_TO_SAVE
+            self._pcontext.close(death_sig, timeout)
+        super()._shutdown()  # its arguments differ between versions of torch
 
 
 class _Logs(LogsSpecs):

@@ -32,6 +32,10 @@ srun --ntasks-per-node=1 --wait=60{srun} \\
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {gpus} --max-restarts {restarts} \\
   --rdzv-endpoint "$host:$port" --rdzv-id "$SLURM_JOB_ID-$attempt"
 code=$?
+# srun gives the highest code of all machines; where one had bad input, a new start is of no use
+if find {logs} -name error.json -newer "$0" -exec cat {{}} + 2>/dev/null | grep -q '"code": {bad_input}'; then
+  code={bad_input}
+fi
 {requeue}exit $code
 """
 
@@ -140,11 +144,13 @@ def write_script(options: SlurmOptions, words: Sequence[str], output_dir: Path) 
     name = options.job_name or re.sub(r"\s", "-", output_dir.resolve().name)
     out = options.out or Path(f"{name}.sbatch")
     codes = {"temporary": int(ExitCode.TEMPORARY), "terminated": int(ExitCode.TERMINATED)}
+    codes["bad_input"] = int(ExitCode.BAD_INPUT)
     own = shutil.which("automodel", path=str(Path(sys.executable).parent))
     program = [own] if own else [sys.executable, "-m", "nemo_automodel.cli"]
     script = _SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in options.directives(name, f"{name}-%j.log")),
         folder=shlex.quote(str(Path.cwd())),
+        logs=shlex.quote(str(output_dir / "logs")),
         command=shlex.join([*program, "train", *words]),
         gpus=options.gpus_per_node,
         restarts=options.max_restarts,

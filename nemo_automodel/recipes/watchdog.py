@@ -156,6 +156,9 @@ class Watchdog:
             return
         rank = dist.get_rank()
         store.set(f"rank {rank}", json.dumps([*place, time.time()]))
+        if idle > 2 * self._interval and store.check(["failed"]):  # a collective on GPUs does not hear of it
+            failed, message, code = json.loads(store.get("failed"))
+            _end(f"rank {failed} failed: {message}", stacks=False, code=ExitCode(code))
         if self._hangs(place, idle):
             reports = [
                 json.loads(store.get(f"rank {one}")) if store.check([f"rank {one}"]) else None
@@ -232,10 +235,10 @@ def _say_once(store: dist.Store, key: str, value: Any) -> None:
     store.compare_set(key, "", json.dumps(value))
 
 
-def _end(message: str, stacks: bool = True) -> None:
+def _end(message: str, stacks: bool = True, code: ExitCode = ExitCode.TEMPORARY) -> None:
     """End this process, whose main thread may never come back, saying why."""
     print(f"automodel: {message}", file=sys.__stderr__, flush=True)
     if stacks:
         faulthandler.dump_traceback(file=2)
-    record(message)
-    os._exit(ExitCode.TEMPORARY)
+    record(message, code)
+    os._exit(code)

@@ -1,5 +1,6 @@
 """`automodel slurm`: the batch file is valid, starts the real training on several machines, and requeues what helps."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -92,10 +93,25 @@ def test_the_job_is_requeued_where_that_helps(
     attempt: int,
     again: bool,
 ) -> None:
-    main(["slurm", *overrides(), *ASKED, "--requeue", "--out", "jobs/a.sbatch"])
+    assert main(["slurm", *overrides(), *ASKED, "--requeue", "--out", "jobs/a.sbatch"]) == 0
     done = run_batch(tmp_path / "jobs/a.sbatch", FAKE_CODE=str(code), SLURM_RESTART_COUNT=str(attempt))
     assert done.returncode == code
     assert (tmp_path / "scontrol.log").exists() == again
+
+
+def test_bad_input_of_one_machine_is_not_retried_though_another_one_lost_it(
+    overrides: Overrides,  # noqa: F811
+    tmp_path: Path,
+    run_batch: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    script, said = tmp_path / "a.sbatch", tmp_path / "run/logs/0/rank-1/error.json"
+    assert main(["slurm", *overrides(), *ASKED, "--requeue", "--out", str(script)]) == 0
+    said.parent.mkdir(parents=True)
+    said.write_text(json.dumps({"message": "no", "code": ExitCode.BAD_INPUT}))
+    os.utime(script, (0, 0))  # a job's copy of its script is as old as the job
+    assert run_batch(script, FAKE_CODE="75").returncode == ExitCode.BAD_INPUT
+    os.utime(said, (0, 0))
+    assert run_batch(script, FAKE_CODE="75").returncode == ExitCode.TEMPORARY
 
 
 @pytest.mark.parametrize(
