@@ -46,6 +46,10 @@ CASES = (
     "--mesh.tp 2 --mesh.sequence_parallel false --model.gradient_checkpointing selective",
     "--mesh.tp 2 --mesh.dp_shard 2",
     "--mesh.tp 2 --mesh.dp_shard 2 --lora.r 4",
+    "--mesh.cp 2",
+    "--mesh.cp 4 --mesh.cp_method ring",
+    "--mesh.cp 2 --mesh.cp_method ring --model.gradient_checkpointing true",
+    "--mesh.cp 2 --mesh.tp 2 --model.gradient_checkpointing selective",
 )
 
 
@@ -87,7 +91,7 @@ def one_step(config: TrainConfig) -> tuple[dict[str, int], dict[str, int]]:
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows]
     with Traffic(mesh) as counted:
         train_step(model, optimizer, batches, 1e-3, device, mesh)
-    predicted = traffic(model, mesh, work, model.config.hidden_size, config.model.gradient_checkpointing)
+    predicted = traffic(model, mesh, work, config.model.gradient_checkpointing)
     return counted.by_axis(), predicted
 
 

@@ -9,6 +9,10 @@ rank's hidden states of a step, ``tokens / cp * hidden * bytes``:
     tp            2 A for every planned product of a layer: all-gather and reduce-scatter (sequence parallel), or an
                   all-reduce. Embeddings: an all-reduce of A, and of A at the head's input in the backward pass; 3 fp32
                   numbers a token for the loss; gradients of what is whole on every rank (norms, half of the adapters)
+    cp            all_to_all: queries, keys and values out, attention back, forward and backward. ring: all-gather of
+                  keys and values, forward and backward, and their fp32 gradients once round
+
+What checkpointing computes again is sent again, but for the last sum of a layer.
 """
 
 import math
@@ -102,14 +106,20 @@ def gathered_bytes(model: Any) -> int:
     return sum(_gathered(p) * p.itemsize for p in (*root, *one, *one, *trained[0], *trained[1])) + reduced
 
 
-def activation_bytes(model: Any, config: Any, mesh: Mesh, work: Work, checkpointing: Any) -> int:
+def _channels(config: Any) -> tuple[int, int]:
+    """Of all queries, and of all keys."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
+
+
+def activation_bytes(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> int:
     """The estimate `ACTIVATIONS`, for the layers that ``model`` has."""
     layers = len(layers_of(model))
-    hidden, inner, t = config.hidden_size, config.intermediate_size, mesh.tp
+    config, t = model.config, mesh.tp
+    hidden, inner = config.hidden_size, config.intermediate_size
     stream = hidden / (t if mesh.sequence_parallel else 1)
-    heads = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    kv = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * heads
-    q = config.num_attention_heads * heads
+    q, kv = _channels(config)
     kept = 2 * stream + 2 * hidden + (2 * q + 2 * kv + 3 * inner) / t
     selective = stream + 2 * hidden + (2 * q + 2 * kv + 2 * inner) / t
     per_token = {False: layers * kept, "selective": layers * selective, True: layers * stream + kept}[checkpointing]
@@ -117,7 +127,7 @@ def activation_bytes(model: Any, config: Any, mesh: Mesh, work: Work, checkpoint
     return int(model.dtype.itemsize * (work.largest * (per_token + 2 * hidden) + logits))
 
 
-def traffic(model: Any, mesh: Mesh, work: Work, hidden: int, checkpointing: Any) -> dict[str, int]:
+def traffic(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> dict[str, int]:
     """Axis -> bytes that this rank sends in an optimizer step; see the formulas above."""
     total: Counter[str] = Counter()
     for parameter in model.parameters():
@@ -131,13 +141,24 @@ def traffic(model: Any, mesh: Mesh, work: Work, hidden: int, checkpointing: Any)
         if parameter.requires_grad and n > 1:
             total["fsdp"] += work.micro_batches * sent("reduce-scatter", whole * 4, n)
     if mesh.tp > 1:
-        total["tp"] = _tensor_parallel(model, mesh, work, hidden, checkpointing)
+        total["tp"] = _tensor_parallel(model, mesh, work, checkpointing)
+    if mesh.cp > 1:
+        total["cp"] = len(layers_of(model)) * _attention(model, mesh, work, checkpointing)
     return dict(total)
 
 
-def _tensor_parallel(model: Any, mesh: Mesh, work: Work, hidden: int, checkpointing: Any) -> int:
-    n, itemsize = mesh.tp, model.dtype.itemsize
-    states = work.tokens * hidden * itemsize
+def _attention(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> int:
+    """Of one layer's attention to sequences that ranks share."""
+    (q, kv), n, passes = _channels(model.config), mesh.cp, 3 if checkpointing else 2
+    if mesh.cp_method == "ring":
+        pieces = work.tokens * 2 * kv // mesh.tp
+        return passes * sent("all-gather", n * pieces * model.dtype.itemsize, n) + n * sent("send", pieces * 4, n)
+    return passes * sent("all-to-all", work.tokens * (2 * q + 2 * kv) // mesh.tp * model.dtype.itemsize, n)
+
+
+def _tensor_parallel(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> int:
+    n = mesh.tp
+    states = work.tokens * model.config.hidden_size * model.dtype.itemsize
     gathered, reduced = sent("all-gather", states, n), sent("all-reduce", states, n)
     styles = styles_of(model, tp_plan_of(model))
     columns, rows = (sum(style == kind for style in styles.values()) for kind in ("colwise", "rowwise"))

@@ -185,7 +185,7 @@ def _needs(config: "TrainConfig", rank: int, ranks: int, work: Work) -> RankNeed
         model = build_model(config, None, torch.device("meta"), mesh=mesh)
         optimizer = build_optimizer(model, config.optim, config.train.seed, mesh)
         parameters = list(model.parameters())
-        shape, checkpointing = model.config, config.model.gradient_checkpointing
+        checkpointing = config.model.gradient_checkpointing
         state = (t for name, t in optimizer.state_tensors().items() if not name.startswith("step."))  # on the host
         return RankNeeds(
             rank=rank,
@@ -194,8 +194,8 @@ def _needs(config: "TrainConfig", rank: int, ranks: int, work: Work) -> RankNeed
             gradients=sum(gradient_bytes(p, accumulating=work.micro_batches > 1) for p in parameters),
             optimizer=sum(local(tensor).nbytes for tensor in state),
             gathered=gathered_bytes(model),
-            activations=activation_bytes(model, shape, mesh, work, checkpointing),
-            sent=traffic(model, mesh, work, shape.hidden_size, checkpointing),
+            activations=activation_bytes(model, mesh, work, checkpointing),
+            sent=traffic(model, mesh, work, checkpointing),
             elements=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
         )

@@ -87,7 +87,10 @@ class Traffic(TorchDispatchMode):
         if name in ("allgather_", "alltoall_"):  # lists: the whole is in parts
             size = sum(t.nbytes for t in tree_leaves(args[0]))
         axis = "numbers" if tensors[0].dtype == torch.float64 else self._axes.get(group.group_name, "other")
-        self.bytes[axis, kind] += sent(kind, size, group.size())
+        count = sent(kind, size, group.size())
+        if kind == "all-to-all" and (splits := [arg for arg in args if isinstance(arg, list) and _numbers(arg)]):
+            count = size - size * splits[-1][group.rank()] // sum(splits[-1])  # what goes where, in parts of any size
+        self.bytes[axis, kind] += count
 
     def by_axis(self) -> dict[str, int]:
         """Axis -> bytes."""
@@ -95,6 +98,10 @@ class Traffic(TorchDispatchMode):
         for (axis, _), count in self.bytes.items():
             sums[axis] += count
         return dict(sums)
+
+
+def _numbers(argument: list[Any]) -> bool:
+    return bool(argument) and all(isinstance(each, int) for each in argument) and sum(argument) > 0
 
 
 def _group_of(arg: Any) -> dist.ProcessGroup | None:
