@@ -46,6 +46,7 @@ CASES = (
     "--mesh.tp 2 --mesh.sequence_parallel false --model.gradient_checkpointing selective",
     "--mesh.tp 2 --mesh.dp_shard 2",
     "--mesh.tp 2 --mesh.dp_shard 2 --lora.r 4",
+    "--mesh.tp 2 --lora.r 4 --lora.dora true --model.gradient_checkpointing true",
     "--mesh.cp 2",
     "--mesh.cp 4 --mesh.cp_method ring",
     "--mesh.cp 2 --mesh.cp_method ring --model.gradient_checkpointing true",

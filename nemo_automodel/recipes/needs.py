@@ -30,6 +30,8 @@ from nemo_automodel.components.distributed.traffic import sent
 from nemo_automodel.components.kernels.linear_cross_entropy import CHUNK
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 
+JOINED = "replicated_with_grad_allreduce"
+
 if TYPE_CHECKING:
     from nemo_automodel.recipes.train import TrainConfig
 
@@ -163,26 +165,44 @@ def _tensor_parallel(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> 
     styles = styles_of(model, tp_plan_of(model))
     columns, rows = (sum(style == kind for style in styles.values()) for kind in ("colwise", "rowwise"))
     layers = len(layers_of(model))
-    trained = model.get_input_embeddings().weight.requires_grad
+    # transformers has the embeddings' output ask for a gradient where layers are checkpointed
+    asked = bool(checkpointing) or model.get_input_embeddings().weight.requires_grad
     total = 2 * gathered * (columns + rows)
-    if checkpointing:  # again, but for each layer's last sum, after which nothing is kept
-        total += gathered * (columns + rows - layers) if mesh.sequence_parallel else reduced * (rows - layers)
-    if not trained:  # nobody asks for the gradient of the first layer's input
+    if checkpointing:  # again, but for each layer's last sum, if nothing comes after it that keeps its input
+        spared = 0 if model.base_model.spec.norms.after_mlp else layers
+        total += gathered * (columns + rows - spared) if mesh.sequence_parallel else reduced * (rows - spared)
+    if not asked:  # nobody asks for the gradient of the first layer's input
         total -= gathered if mesh.sequence_parallel else reduced
     if mesh.sequence_parallel:  # into the first layer, backward; out of the last
-        total += gathered * (1 + trained)
+        total += gathered * (1 + asked)
     total += reduced  # embeddings
     total += reduced + 3 * sent("all-reduce", work.tokens * 4, n)  # the head's input, backward; the loss
-    return total + sum(_sums_of_whole(model, mesh, work))
+    again = 2 if checkpointing else 1
+    joined = {name for name, style in styles.items() if style == JOINED and _of_all_heads(model, name)}
+    for name in joined:  # queries or keys, gathered for their norm, and their gradients
+        states = work.tokens * model.get_submodule(name).weight.numel() * model.dtype.itemsize
+        total += (1 + again) * sent("all-gather", states, n)
+    for name, parameter in model.named_parameters():  # DoRA: the length of each row, of which a rank has a part
+        owner, magnitude, _ = name.partition(".lora_magnitude")
+        if magnitude and styles.get(owner) == "rowwise":
+            total += again * work.micro_batches * sent("all-reduce", parameter.numel() * 4, n)
+    return total + sum(_sums_of_whole(model, mesh, work, joined))
 
 
-def _sums_of_whole(model: nn.Module, mesh: Mesh, work: Work) -> Iterator[int]:
+def _of_all_heads(model: Any, name: str) -> bool:
+    attention = model.get_submodule(name.rpartition(".")[0])
+    return bool(model.get_submodule(name).weight.numel() > attention.head_dim)
+
+
+def _sums_of_whole(model: nn.Module, mesh: Mesh, work: Work, joined: set[str]) -> Iterator[int]:
     """Of gradients of parameters that tensor-parallel ranks have whole, each its term of the sum."""
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad or not isinstance(parameter, DTensor) or _ranks(parameter, "tp") == 1:
             continue
-        if not _placement(parameter, "tp").is_replicate():
+        if not _placement(parameter, "tp").is_replicate() or name.rpartition(".")[0] in joined:
             continue
+        if name.endswith(".bias") and not mesh.sequence_parallel:
+            continue  # added to the sum of all, once
         each = sent("all-reduce", parameter.numel() * parameter.itemsize, mesh.tp)
         sharded = _ranks(parameter, "fsdp") > 1 or _ranks(parameter, "dp_replicate") > 1
         yield each * work.micro_batches if sharded else each  # the optimizer adds up once
