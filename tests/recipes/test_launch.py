@@ -30,6 +30,11 @@ def test_flags_are_taken_out_and_the_rest_stays_as_it_was() -> None:
     assert split_flags(rest) == (None, rest)
 
 
+def test_help_has_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    assert {"--nproc-per-node", "--rdzv-endpoint", "--max-restarts"} <= set(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

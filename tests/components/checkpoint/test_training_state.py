@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     restore_random_state(states)
     actual = torch.rand(7), torch.randperm(9), torch.nn.functional.dropout(torch.ones(50))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_every_rank_gets_its_own_generator_back(monkeypatch):
+    """The state of a rank but the first is a view with an offset, which torch.set_rng_state misreads."""
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+    for rank, seed in enumerate((1, 2)):
+        monkeypatch.setattr(training_state, "Together", lambda rank=rank: SimpleNamespace(rank=rank))
+        restore_random_state({"rng.cpu": torch.stack(states)})
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_latest_passes_over_what_is_not_complete(tmp_path):
