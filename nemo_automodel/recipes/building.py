@@ -1,5 +1,6 @@
 """From a training's configuration to its model: on this device, with its adapters, sharded over the ranks."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,9 +8,12 @@ from torch import nn
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM, read_config
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
-from nemo_automodel.components.distributed import ALONE, Mesh, Options, parallelize
+from nemo_automodel.components.data import micro_batches
+from nemo_automodel.components.distributed import ALONE, Mesh, Options, Pipeline, parallelize
 from nemo_automodel.components.distributed.mesh import Divided, check_divides
+from nemo_automodel.components.distributed.stages import ZERO_BUBBLE, stages_of, takes_micro_batches
 from nemo_automodel.components.float8_training import check_float8, to_float8
+from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.models.common.varlen import VARLEN, device_gap, refuse
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
@@ -17,6 +21,7 @@ from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapt
 from nemo_automodel.components.together import Together
 from nemo_automodel.recipes.checks import blame
 from nemo_automodel.recipes.served import why_not_varlen
+from nemo_automodel.recipes.step import compute_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,9 +90,54 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
             *([] if ring else [Divided("KV heads", kv_heads, "cp", mesh.tp)]),
         ],
     )
-    if mesh.pp > model.num_hidden_layers:
-        raise ValueError(f"mesh: pp={mesh.pp} stages of the {model.num_hidden_layers} layers: some would have none")
+    if mesh.pp > 1:
+        stages = mesh.pp * len(_stages(config, mesh))
+        if stages > (layers := model.num_hidden_layers):
+            raise ValueError(f"mesh: pp={mesh.pp} makes {stages} stages of the {layers} layers: some would have none")
+        _check_pipeline(config, mesh)
     return mesh
+
+
+def _check_pipeline(config: "TrainConfig", mesh: Mesh) -> None:
+    loop, schedule = config.train, config.mesh.pp_schedule
+    size = loop.micro_batch_size or loop.batch_size
+
+    def takes(micro_batch_size: int) -> bool:
+        return takes_micro_batches(schedule, mesh.pp, micro_batches(loop.batch_size, micro_batch_size, mesh.data))
+
+    if not takes(size):
+        fitting = [n for n in range(1, -(-loop.batch_size // mesh.data) + 1) if takes(n)]
+        raise ValueError(
+            f"mesh: {schedule} over pp={mesh.pp} does not go with {micro_batches(loop.batch_size, size, mesh.data)} "
+            f"micro-batches a step, of train.micro_batch_size={loop.micro_batch_size} of the {loop.batch_size} rows of "
+            + (f"{mesh}; it may be {', '.join(map(str, fitting))}" if fitting else f"{mesh}; raise train.batch_size")
+        )
+    if config.model.compile and schedule in ZERO_BUBBLE:
+        raise ValueError(f"mesh.pp_schedule={schedule} takes backward passes apart, which model.compile=true joins")
+
+
+def build_parts(
+    config: "TrainConfig", resumed: TrainingCheckpoint | None, device: torch.device, mesh: Mesh
+) -> dict[int, "PreTrainedModel"]:
+    """Number of each pipeline stage that this rank has -> that part of the model; without ``pp``, the model as 0."""
+    state, numbers = torch.get_rng_state(), _stages(config, mesh)
+    parts = {}
+    for number in numbers:
+        torch.set_rng_state(state)  # weights from scratch are drawn for the whole model each time
+        stages = mesh.pp * len(numbers)
+        parts[number] = build_model(config, resumed, device, config.data.packing, mesh, stage=number, stages=stages)
+    return parts
+
+
+def _stages(config: "TrainConfig", mesh: Mesh) -> list[int]:
+    if mesh.pp == 1:
+        return [0]
+    return stages_of(mesh.place["pp"], mesh.pp, config.mesh.pp_schedule, config.mesh.pp_virtual_stages)
+
+
+def build_pipeline(parts: Mapping[int, "PreTrainedModel"], config: "TrainConfig", mesh: Mesh) -> Pipeline:
+    """What trains a model whose stages several ranks have."""
+    return Pipeline(parts, mesh.pp * len(parts), mesh, config.mesh.pp_schedule, compute_stage)
 
 
 def build_model(
@@ -96,14 +146,17 @@ def build_model(
     device: torch.device,
     packing: bool = False,
     mesh: Mesh = ALONE,
+    stage: int = 0,
+    stages: int = 1,
 ) -> "PreTrainedModel":
     """The model to train, in training mode, with adapters at their start; on several ranks, this rank's shards of it.
 
     Where ``resumed`` will bring all weights, none are read here; nor on the device ``meta``, where there are none. With
-    ``packing``, attention that is ``auto`` is varlen where that can serve the model.
+    ``packing``, attention that is ``auto`` is varlen where that can serve the model. Of several pipeline ``stages`` it
+    is the one numbered ``stage``.
 
     Raises:
-        ValueError: varlen attention is asked for where it does not run.
+        ValueError: varlen attention is asked for where it does not run, or stages of transformers' own class.
     """
     options, several = config.model, mesh.size > 1
     dtype = DTYPES.get(options.dtype, auto_dtype(device))
@@ -117,6 +170,8 @@ def build_model(
             raise ValueError(f"model.float8={options.float8} does not go with mesh.tp={mesh.tp}; leave it at off")
 
     def prepare(model: Any) -> None:
+        if stages > 1 and not isinstance(model, HFCheckpointingMixin):
+            raise ValueError(f"mesh.pp={mesh.pp}: {type(model).__name__} is transformers' own class, not cut in stages")
         if config.lora is not None:
             apply_lora(model, config.lora, layout_of(model))
         if options.float8 != "off":
@@ -126,6 +181,8 @@ def build_model(
             mesh,
             Options(
                 tp_plan=_tp_plan(model) if mesh.tp > 1 else {},
+                stage=stage,
+                stages=stages,
                 checkpointing=options.gradient_checkpointing,
                 compile=options.compile,
                 cpu_offload=options.cpu_offload,
@@ -147,7 +204,7 @@ def build_model(
     else:
         model = NeMoAutoModelForCausalLM.from_pretrained(options.path, device=device, prepare=prepare, **common)
         if config.lora is not None:
-            init_adapters(model)
+            init_adapters(model, config.train.seed)
     if config.lora is not None and config.lora.base_dtype == "float8":
         quantize_base(model)
     elif not several and config.lora is not None and options.backend.kernels == "auto":
@@ -166,8 +223,10 @@ def _tp_plan(model: Any) -> dict[str, str]:
     return tp_plan_of(model)
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, seed: int, mesh: Mesh = ALONE) -> MasterAdamW:
+def build_optimizer(model: nn.Module | Pipeline, optim: OptimConfig, seed: int, mesh: Mesh = ALONE) -> MasterAdamW:
     """The optimizer of what ``model`` trains."""
+    if isinstance(model, Pipeline):
+        return MasterAdamW(model.parameters.items(), optim, seed, ranks=mesh.stage, shared=model.shared)
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return MasterAdamW(trained, optim, seed, ranks=mesh.stage)
 

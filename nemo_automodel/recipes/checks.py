@@ -7,10 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from nemo_automodel.components.checkpoint import CheckpointError
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import ALONE, Mesh
+from nemo_automodel.components.elsewhere import Elsewhere
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -117,6 +119,9 @@ def check_packing(model: "PreTrainedModel", device: torch.device, mesh: Mesh = A
     second = torch.arange(length - 4)
     documents = [torch.cat((first, second % 7)) for first in (torch.tensor([3, 4, 5, 6]), torch.tensor([6, 3, 4, 7]))]
     rows = mesh.part(torch.stack(documents)).to(device)
+    if isinstance(model.get_input_embeddings(), Elsewhere):  # of a later pipeline stage: any hidden states
+        table = torch.randn(8 + length, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        rows = F.embedding(rows, table.to(device, model.dtype))
     positions = torch.cat((torch.arange(4), second))[None].to(device)
     one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows)
     model.train(was_training)

@@ -53,7 +53,40 @@ def export_trained(
                 config.model.path, adapter=adapter, dtype=model.dtype, device="cpu"
             )
         merge_lora(model)
+    return _publish_model(model, tokenizer, config.output_dir / "hf", together), adapter
 
+
+def export_from(
+    checkpoint: TrainingCheckpoint | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: "TrainConfig",
+    dtype: torch.dtype,
+) -> tuple[Path, Path | None]:
+    """The same from a checkpoint, by the leading rank, while the others wait: where no rank has the whole model.
+
+    Args:
+        checkpoint: the run's last.
+        tokenizer: goes beside the model.
+        config: the run's.
+        dtype: of the trained model.
+    """
+    hf, adapter = config.output_dir / "hf", config.output_dir / "adapter" if config.lora is not None else None
+
+    def work() -> None:
+        assert checkpoint is not None
+        _publish_checkpoint(checkpoint, adapter or hf)
+        if adapter is not None:
+            model = NeMoAutoModelForCausalLM.from_pretrained(config.model.path, adapter=adapter, dtype=dtype)
+            merge_lora(model)
+            _publish_model(model, tokenizer, hf, Together(alone=True))
+
+    Together().run(work, everywhere=False)
+    return hf, adapter
+
+
+def _publish_model(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", hf: Path, together: Together
+) -> Path:
     def write(folder: Path) -> None:
         if isinstance(model, HFCheckpointingMixin):
             model.write_checkpoint(folder, untied(model), together=together)
@@ -67,7 +100,7 @@ def export_trained(
         if together.leads:
             tokenizer.save_pretrained(folder)
 
-    return publish_folder(config.output_dir / "hf", write, together=together), adapter
+    return publish_folder(hf, write, together=together)
 
 
 def export_checkpoint(path: Path, out: Path) -> Path:
@@ -85,7 +118,10 @@ def export_checkpoint(path: Path, out: Path) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already; choose another folder")
-    checkpoint = _find(path)
+    return _publish_checkpoint(_find(path), out)
+
+
+def _publish_checkpoint(checkpoint: TrainingCheckpoint, out: Path) -> Path:
     described = checkpoint.folder / "hf"
     lora = checkpoint.state["config"]["lora"]
     model = NeMoAutoModelForCausalLM.from_config(described, device="meta")
@@ -128,7 +164,7 @@ def _stored(checkpoint: TrainingCheckpoint, like: Mapping[str, Tensor]) -> Itera
     for name, parameter in like.items():
         group[name] = torch.empty_like(parameter, device="cpu", requires_grad=False)
         if sum(tensor.nbytes for tensor in group.values()) > _GROUP_BYTES or name == list(like)[-1]:
-            checkpoint.load({f"model.{name}": tensor for name, tensor in group.items()})
+            checkpoint.load({f"model.{name}": tensor for name, tensor in group.items()}, alone=True)
             yield from group.items()
             group = {}
 

@@ -111,7 +111,7 @@ def _dtypes(layer: LoRALinear) -> set[torch.dtype]:
 
 def _home(model: "PreTrainedModel") -> tuple[torch.device, torch.dtype]:
     """Where the residual stream is, and in which dtype."""
-    weight: Any = model.get_input_embeddings().weight
+    weight = next(model.parameters())  # of a pipeline's first stage the embeddings', of others a layer's
     return weight.device, weight.dtype
 
 
@@ -126,7 +126,9 @@ def why_not_varlen(model: "PreTrainedModel", options: "ModelConfig", packing: bo
     }
     if (reason := next((words for words, holds in reasons.items() if holds), None)) is not None:
         return reason
-    missing = device_gap(*_home(model)) or gap(backbone.layers[0].self_attn)
+    missing = device_gap(*_home(model)) or gap(
+        next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
+    )
     return None if missing is None else f"varlen has no {missing.what}"
 
 

@@ -1,13 +1,14 @@
 """One optimizer step, and one pass over validation data, by all ranks of a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemo_automodel.components.data import BatchStream
-from nemo_automodel.components.distributed import ALONE, Mesh
+from nemo_automodel.components.distributed import ALONE, Mesh, Pipeline
+from nemo_automodel.components.elsewhere import Elsewhere
 from nemo_automodel.components.loss import next_token_loss, next_token_targets, valid_tokens
 from nemo_automodel.components.optim import MasterAdamW
 from nemo_automodel.components.together import Together
@@ -16,7 +17,7 @@ from nemo_automodel.recipes.watchdog import mark
 
 
 def train_step(
-    model: nn.Module,
+    model: nn.Module | Pipeline,
     optimizer: MasterAdamW,
     micro_batches: Sequence[dict[str, Tensor]],
     lr: float,
@@ -26,7 +27,7 @@ def train_step(
     """One optimizer step, queued on ``device``: the host does not wait for it.
 
     Args:
-        model: trained in place.
+        model: trained in place; the pipeline where ranks have stages of it.
         optimizer: of its trained parameters.
         micro_batches: of this rank, on the CPU, where their valid tokens are counted.
         lr: learning rate.
@@ -40,33 +41,53 @@ def train_step(
     together = Together()
     valid = _count(valid_tokens(batch["labels"]) for batch in micro_batches) / mesh.sharers
     optimizer.accumulating = len(micro_batches) > 1
-    total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        loss = _loss(model, batch, device, mesh) / valid
-        (loss * mesh.averaged).backward()  # FSDP averages over ranks, each of which has a part of the sum
-        total += loss.detach()
+    # FSDP averages over ranks, each of which has a part of the sum
+    if isinstance(model, Pipeline):
+        inputs = [_inputs(model.parts[0], batch, device, mesh) for batch in micro_batches]
+        total = model.train_step(inputs, mesh.averaged / valid) / mesh.averaged
+    else:
+        total = torch.zeros((), device=device)
+        for batch in micro_batches:
+            loss = next_token_loss(model, _inputs(model, batch, device, mesh)) / valid
+            (loss * mesh.averaged).backward()
+            total += loss.detach()
     mark("optimizer")
     norm = optimizer.step(lr)
     return together.add(total) / mesh.tp, norm
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, stream: BatchStream, device: torch.device, mesh: Mesh = ALONE) -> float:
+def evaluate(model: nn.Module | Pipeline, stream: BatchStream, device: torch.device, mesh: Mesh = ALONE) -> float:
     """Loss per valid token over one pass of the stream, by all ranks."""
-    model.eval()
+    parts = model.parts if isinstance(model, Pipeline) else [model]
+    for part in parts:
+        part.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     valid = 0
-    for batch in (batch for micro_batches in stream.one_pass() for batch in micro_batches):
+    for micro_batches in stream.one_pass():
         mark("validation")
-        total += _loss(model, batch, device, mesh)
-        valid += valid_tokens(batch["labels"])
-    model.train()
+        inputs = [_inputs(parts[0], batch, device, mesh) for batch in micro_batches]
+        if isinstance(model, Pipeline):
+            total += model.evaluate(inputs)
+        else:
+            total += sum(next_token_loss(model, each) for each in inputs)
+        valid += sum(valid_tokens(batch["labels"]) for batch in micro_batches)
+    for part in parts:
+        part.train()
     together = Together()
     return together.sum(total.item()) / mesh.tp / (together.sum(valid) / mesh.sharers)
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor], device: torch.device, mesh: Mesh) -> Any:
-    return next_token_loss(model, inputs_of(model, own_part(batch, mesh), device))
+def compute_stage(part: Any, batch: Mapping[str, Any]) -> Tensor:
+    """What a pipeline's stage makes of a micro-batch: hidden states, or, if it has the head, the sum of the losses."""
+    if not isinstance(part.get_output_embeddings(), Elsewhere):
+        return next_token_loss(part, batch)
+    hidden: Tensor = part(**{n: v for n, v in batch.items() if n not in ("labels", "targets")}, use_cache=False).logits
+    return hidden
+
+
+def _inputs(model: nn.Module, batch: dict[str, Tensor], device: torch.device, mesh: Mesh) -> dict[str, Any]:
+    return inputs_of(model, own_part(batch, mesh), device)
 
 
 def own_part(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:

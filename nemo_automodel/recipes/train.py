@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,14 +19,14 @@ from nemo_automodel.components.checkpoint.training_state import (
     restore_random_state,
 )
 from nemo_automodel.components.data import Audit, BatchStream, DataConfig, build_dataset
-from nemo_automodel.components.distributed import Mesh, MeshConfig, diverged, join_ranks
+from nemo_automodel.components.distributed import Mesh, MeshConfig, diverged, join_ranks, saved_name
 from nemo_automodel.components.metrics import MetricsLog, peak_memory_gb, plot_loss
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
-from nemo_automodel.recipes.building import build_mesh, build_model, build_optimizer, pick_device
+from nemo_automodel.recipes.building import build_mesh, build_optimizer, build_parts, build_pipeline, pick_device
 from nemo_automodel.recipes.checks import (
     FORMAT,
     blame,
@@ -37,7 +37,7 @@ from nemo_automodel.recipes.checks import (
     identity,
 )
 from nemo_automodel.recipes.exits import ExitCode
-from nemo_automodel.recipes.export import export_trained, save_description, untied
+from nemo_automodel.recipes.export import export_from, export_trained, save_description, untied
 from nemo_automodel.recipes.interrupts import Stopped, stop_requests
 from nemo_automodel.recipes.progress import Progress
 from nemo_automodel.recipes.served import in_one_line, served
@@ -257,18 +257,21 @@ class Run:
         self.total_steps = config.train.max_steps or config.train.epochs * self.stream.batches_per_epoch
 
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config, resumed, self.device, config.data.packing, self.mesh)
+        parts = build_parts(config, resumed, self.device, self.mesh)
+        self.parts = list(parts.values())
+        self.model = self.parts[0]
         check_lengths(self._longest, self.model.config)
-        if config.data.packing:
-            check_packing(self.model, self.device, self.mesh)
+        for part in self.parts if config.data.packing else ():
+            check_packing(part, self.device, self.mesh)
         torch.manual_seed(self._dropout_seed())
-        self.optimizer = build_optimizer(self.model, config.optim, config.train.seed, self.mesh)
+        self.trained = self.model if self.mesh.pp == 1 else build_pipeline(parts, config, self.mesh)
+        self.optimizer = build_optimizer(self.trained, config.optim, config.train.seed, self.mesh)
         self.done, self.loss = 0, float("nan")
         self.val_loss: float | None = None
         self._validated_at = 0
         if resumed:
             self._resume(resumed)
-        self.say(_description(self.model, config, self.device, self.mesh, self.total_steps))
+        self.say(_description(self.parts, config, self.device, self.mesh, self.total_steps))
         self.say(in_one_line(served(self.model, config.model, config.data.packing)))
         self.metrics: MetricsLog | None = None
         if self.together.leads:
@@ -290,7 +293,7 @@ class Run:
         micro_batches = next(self.stream)
         mark("forward/backward")
         lr = self.config.optim.lr_at(step - 1, self.total_steps)
-        loss, norm = train_step(self.model, self.optimizer, micro_batches, lr, self.device, self.mesh)
+        loss, norm = train_step(self.trained, self.optimizer, micro_batches, lr, self.device, self.mesh)
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
         tokens = int(self.together.sum(tokens)) // self.mesh.sharers
         self._tokens += tokens
@@ -346,7 +349,7 @@ class Run:
         """Loss per valid token over the validation data, after ``step``."""
         assert self.validation is not None
         self._validated_at = step
-        self.val_loss = loss = evaluate(self.model, self.validation, self.device, self.mesh)
+        self.val_loss = loss = evaluate(self.trained, self.validation, self.device, self.mesh)
         return loss
 
     def save(self, step: int) -> None:
@@ -377,14 +380,22 @@ class Run:
         if self.metrics:
             self.metrics.close()
             plot_loss(self.metrics.path, folder / "loss.png")
-        hf, adapter = export_trained(self.model, self.tokenizer, self.config)
+        hf, adapter = self.export()
         speed = self._tokens / seconds
         return Summary(self.total_steps, self.loss, self.val_loss, hf, adapter, seconds, speed)
+
+    def export(self) -> tuple[Path, Path | None]:
+        """Write the weights that were saved last; the model may be merged then, and is not trained further."""
+        if self.mesh.pp == 1:
+            return export_trained(self.model, self.tokenizer, self.config)
+        # no rank has the whole model
+        return export_from(self.checkpoints.latest(), self.tokenizer, self.config, self.model.dtype)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What is trained, and the optimizer's state: to be saved, or filled in place."""
         # without LoRA buffers too, and what is frozen: the whole model comes back from here
-        weights = dict(self.optimizer.parameters if self.config.lora is not None else untied(self.model))
+        whole = {saved_name(part, name): t for part in reversed(self.parts) for name, t in untied(part)}
+        weights = whole if self.config.lora is None else self.optimizer.parameters
         return {f"model.{name}": tensor for name, tensor in weights.items()} | self.optimizer.state_tensors()
 
     def _open_folder(self) -> None:
@@ -409,12 +420,13 @@ class Run:
             checkpoint.load(states)
             restore_random_state(states, self.device)
         else:  # no rank has a generator to go on with: a new one, of its own
-            torch.manual_seed(self._dropout_seed() + self.mesh.averaged * self.done)
+            torch.manual_seed(self._dropout_seed() + self.mesh.pp * self.mesh.averaged * self.done)
         self.say(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
 
     def _dropout_seed(self) -> int:
-        """Ranks with other tokens drop others; those that compute the same ones together drop the same."""
-        return self.config.train.seed + self.mesh.data_rank * self.mesh.cp + self.mesh.place["cp"]
+        """Ranks with other tokens or layers drop others; those that compute the same ones together drop the same."""
+        mesh, place = self.mesh, self.mesh.place
+        return self.config.train.seed + (place["pp"] * mesh.data + mesh.data_rank) * mesh.cp + place["cp"]
 
     def _stream(self, name: str, source: str, split: str | None) -> BatchStream:
         data, loop = self.config.data, self.config.train
@@ -431,6 +443,7 @@ class Run:
             shuffle=data.shuffle,
             seed=loop.seed,
             multiple_of=self.mesh.sequence_cut,
+            alike=self.mesh.pp > 1,
             rank=self.mesh.data_rank,
             world_size=self.mesh.data,
         )
@@ -441,10 +454,12 @@ def _silent(line: str) -> None:
 
 
 def _description(
-    model: "PreTrainedModel", config: TrainConfig, device: torch.device, mesh: Mesh, total_steps: int
+    parts: Sequence["PreTrainedModel"], config: TrainConfig, device: torch.device, mesh: Mesh, total_steps: int
 ) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model, own = parts[0], [parameter for part in parts for parameter in part.parameters()]
+    # all ranks of a stage have, or share, the same
+    parameters = Together().sum(sum(p.numel() for p in own)) / mesh.stage
+    trained = Together().sum(sum(p.numel() for p in own if p.requires_grad)) / mesh.stage
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     ranks = f", {mesh.size} ranks ({mesh})" if mesh.size > 1 else ""
     method = f"LoRA r={config.lora.r}" if config.lora else "all weights"

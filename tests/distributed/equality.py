@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
+from nemo_automodel.components import distributed
 from nemo_automodel.components.checkpoint import SafetensorsReader
 from nemo_automodel.components.distributed import tensor
 from nemo_automodel.components.optim import MasterAdamW
@@ -20,7 +21,6 @@ from nemo_automodel.components.placement import whole
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import step
-from nemo_automodel.recipes.export import export_trained
 from nemo_automodel.recipes.train import Run, TrainConfig, train
 from tests.conftest import randomize
 from tests.distributed.ranks import run_ranks
@@ -98,12 +98,19 @@ def _half_the_norm(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(optim, "_shards", lambda tensor: 1)
 
 
+def _ties_apart(patch: pytest.MonkeyPatch) -> None:
+    """The embedding and the head, on two stages, each learn from their own gradient."""
+    patch.setattr(distributed.Pipeline, "shared", property(lambda self: {}, lambda self, value: None), raising=False)
+
+
 def _without_inductor(patch: pytest.MonkeyPatch) -> None:
     """No rule, but minutes less: layers are captured and differentiated as ever, and not compiled for this CPU."""
     patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
 
 
-SABOTAGE = {each.__name__: each for each in (_no_terms, _loss_of_each_rank, _half_the_norm, _without_inductor)}
+SABOTAGE = {
+    each.__name__: each for each in (_no_terms, _loss_of_each_rank, _half_the_norm, _ties_apart, _without_inductor)
+}
 """Rules of sharding, broken."""
 
 
@@ -141,7 +148,8 @@ def record(words: list[str], out: Path, sabotage: str = "") -> None:
 def export_untrained(words: list[str]) -> None:
     """Load a model on the mesh and write it again."""
     run = Run(load_config(TrainConfig, None, words), say=lambda line: None)
-    export_trained(run.model, run.tokenizer, run.config)
+    run.save(0)
+    run.export()
 
 
 def differences(one: Path, several: Path) -> dict[str, float]:

@@ -23,6 +23,8 @@ DORA = {**LORA, "lora__dora": "true"}
 PACKED = {"data__packing": "true", "data__max_length": 96}
 RING = {"mesh__cp_method": "ring"}
 NO_SEQUENCE = {"mesh__sequence_parallel": "false"}
+BUBBLE = {"mesh__pp_schedule": "InterleavedZeroBubble"}
+V = {"mesh__pp_schedule": "ZBVZeroBubble"}
 Case = tuple[str, dict[str, int], dict[str, Any]]
 CASES: list[Case] = [
     ("llama tied", {"tp": 2}, {}),
@@ -35,6 +37,10 @@ CASES: list[Case] = [
     ("llama untied", {"cp": 2, "tp": 2}, PACKED),
     ("qwen2 tied", {"cp": 2, "dp_shard": 2}, {**LORA, **PACKED, "model__attn_implementation": "eager"}),
     ("qwen2 untied", {"cp": 2}, RING),
+    ("llama tied", {"pp": 2}, {}),
+    ("qwen2 tied", {"pp": 2, "dp_shard": 2}, V),
+    ("qwen2 untied", {"pp": 2, "tp": 2}, {"mesh__pp_schedule": "Interleaved1F1B"}),
+    ("llama tied", {"pp": 2, "dp_shard": 2}, {**DORA, **PACKED, **BUBBLE}),
 ]
 MORE: list[Case] = [
     ("llama tied", {"tp": 4}, {"model__gradient_checkpointing": "true"}),
@@ -49,6 +55,17 @@ MORE: list[Case] = [
     ("llama tied", {"cp": 4}, {**RING, "model__gradient_checkpointing": "selective"}),
     ("qwen2 tied", {"cp": 2, "tp": 2}, {**RING, **LORA}),
     ("llama tied", {"cp": 2, "dp_shard": 2}, RING),
+    ("llama untied", {"pp": 2}, {"mesh__pp_schedule": "GPipe"}),
+    ("llama tied", {"pp": 2}, {"mesh__pp_schedule": "Interleaved1F1B"}),
+    ("llama tied", {"pp": 2}, BUBBLE),
+    ("llama tied", {"pp": 2}, {**V, "model__gradient_checkpointing": "true"}),
+    ("qwen2 tied", {"pp": 4}, {}),
+    ("llama untied", {"pp": 2}, LORA),
+    ("llama tied", {"pp": 2, "dp_shard": 2}, {}),
+    ("qwen2 untied", {"pp": 2, "dp_shard": 2}, BUBBLE),
+    ("llama tied", {"pp": 2, "tp": 2}, V),
+    ("qwen2 tied", {"pp": 2, "tp": 2}, LORA),
+    ("llama tied", {"pp": 2, "cp": 2}, PACKED),
 ]
 """As `CASES`, in the longer suite."""
 
@@ -66,7 +83,7 @@ def test_a_mesh_trains_what_one_process_trains(
 
 @pytest.mark.parametrize("rule", [rule for rule in SABOTAGE if rule != "_without_inductor"])
 def test_a_broken_rule_is_seen(rule: str, tmp_path: Path) -> None:
-    mesh = {"dp_shard": 2} if rule == "_loss_of_each_rank" else {"tp": 2}
+    mesh = {"_loss_of_each_rank": {"dp_shard": 2}, "_ties_apart": {"pp": 2}}.get(rule, {"tp": 2})
     options = options_of(tmp_path, "llama", True, train__check_replicas_every="null")  # which would see it first
     with pytest.raises(AssertionError, match="differs by"):
         assert_equal_training(tmp_path, options, mesh, 2, rule)
@@ -80,7 +97,7 @@ def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
     assert_equal_training(tmp_path, options, {"dp_shard": 2}, 2, "_without_inductor")
 
 
-MESHES: list[dict[str, int]] = [{"tp": 2}, {"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}]
+MESHES: list[dict[str, int]] = [{"pp": 2}, {"tp": 2}, {"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -18,6 +18,8 @@ REFUSED = [
     (4, {"mesh__tp": 4}, r"tp=4 does not divide the 2 KV heads; tp may be 2"),
     (4, {"mesh__cp": 2, "mesh__tp": 2}, r"cp=2 does not divide the 2 KV heads \(1 with tp=2\); leave it at 1"),
     (4, {"mesh__pp": 4}, r"pp=4 .*2 layers"),
+    (2, {"mesh__pp": 2, "mesh__pp_schedule": "Interleaved1F1B"}, r"pp=2 makes 4 stages of the 2 layers"),
+    (2, {"mesh__pp": 2, "train__micro_batch_size": 6}, r"not go with 1 micro.*=6 of the 6 .*; it may be 1, 2, 3, 4, 5"),
     (2, {"mesh__tp": 2, "model__compile": "true"}, r"model.compile=true with mesh.tp=2"),
     (2, {"model__cpu_offload": "true"}, r"model.cpu_offload moves FSDP's shards off GPUs, and here is cpu, dp_shard=2"),
     (

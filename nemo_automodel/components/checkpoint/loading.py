@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -34,6 +34,7 @@ def load_parameters(
     tied: Mapping[str, str] | None = None,
     may_miss: Collection[str] = (),
     may_ignore: Collection[str] = (),
+    elsewhere: Collection[str] = (),
 ) -> set[str]:
     """Give every parameter and persistent buffer of ``model`` its values from the checkpoint.
 
@@ -50,6 +51,8 @@ def load_parameters(
         tied: own name -> the name it is tied to; one of the two may be missing.
         may_miss: regular expressions of own names that the checkpoint need not have.
         may_ignore: regular expressions of checkpoint keys that the model need not use.
+        elsewhere: own names that other pipeline stages have; what fills them is left out, but for a tied parameter here
+            that the checkpoint has under such a name.
 
     Returns:
         The own names that the checkpoint does not have (tied ones, and those in ``may_miss``): still on meta.
@@ -60,8 +63,14 @@ def load_parameters(
     own = dict(model.state_dict(keep_vars=True))
     located = {key: layout.locate(key) for key in reader}
     # a fused name in the file would be rows in an order that nobody knows: not used
-    plan = {key: place for key, place in located.items() if place.own in own and key in layout.hf_keys(place.own)}
-    missing = _check(own, plan, reader, layout, tied or {}, may_miss, may_ignore)
+    located = {key: place for key, place in located.items() if key in layout.hf_keys(place.own)}
+    partners = dict(tied or {}) | {source: target for target, source in (tied or {}).items()}
+    stored = {place.own for place in located.values()}
+    named = {p: name for name in own if (p := partners.get(name)) in elsewhere and p in stored and name not in stored}
+    plan = {key: replace(place, own=named.get(place.own, place.own)) for key, place in located.items()}
+    others = {key for key, place in plan.items() if place.own in elsewhere}
+    plan = {key: place for key, place in plan.items() if place.own in own}
+    missing = _check(own, plan, reader, layout, partners, may_miss, may_ignore, others)
     shards = {
         name: empty_local(own[name], dtype if own[name].is_floating_point() else own[name].dtype, device)
         for name in dict.fromkeys(place.own for place in plan.values())
@@ -185,16 +194,17 @@ def _check(
     plan: Mapping[str, PartKey],
     reader: TensorReader,
     layout: Layout,
-    tied: Mapping[str, str],
+    partners: Mapping[str, str],
     may_miss: Collection[str],
     may_ignore: Collection[str],
+    others: Collection[str],
 ) -> set[str]:
     problems: list[str] = []
-    unexpected = [key for key in reader if key not in plan and not matches(key, may_ignore)]
+    unexpected = [key for key in reader if key not in plan and key not in others and not matches(key, may_ignore)]
     problems += _named("not used by this model", unexpected)
 
     absent = {name: [key for key in layout.hf_keys(name) if key not in plan] for name in own}
-    partners = dict(tied) | {source: target for target, source in tied.items()}
+    absent |= {place.own: [] for key, place in plan.items() if key not in layout.hf_keys(place.own)}  # a tied one's
     excused = {
         name
         for name, keys in absent.items()

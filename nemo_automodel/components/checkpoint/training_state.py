@@ -62,8 +62,12 @@ class TrainingCheckpoint:
     step: int
     state: dict[str, Any]
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], alone: bool = False) -> None:
         """Fill ``tensors`` in place: plain ones, or DTensors of any placements (each rank reads its own shards).
+
+        Args:
+            tensors: by name; pipeline stages have each their own.
+            alone: this rank loads and the others do not.
 
         Raises:
             CheckpointError: a tensor is not in the checkpoint, has another shape there, or cannot be read.
@@ -72,6 +76,7 @@ class TrainingCheckpoint:
             dcp.load(
                 {name: _one_dim(tensor) for name, tensor in tensors.items()},
                 storage_reader=HuggingFaceStorageReader(str(self.folder)),
+                no_dist=alone,
             )
 
 
@@ -214,10 +219,10 @@ class _Writer(HuggingFaceStorageWriter):
 
     def __init__(self, folder: Path, publish: Callable[[], None], files: dict[str, int]):
         super().__init__(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-        self._publish = publish
+        self._publish, self._files = publish, files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        files: dict[str, int] = plan.storage_data["fqn_to_index_mapping"]
+        files = self._files  # not the plan's, which the leading rank made of its own tensors
         for index, items in self._split_by_storage_plan(files, plan.items).items():
             tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)).cpu() for item in items}
             offsets = {item.index.fqn: cast(Any, item.tensor_data).chunk.offsets for item in items}

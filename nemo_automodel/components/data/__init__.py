@@ -11,7 +11,7 @@ from nemo_automodel.components.data.config import DataConfig
 from nemo_automodel.components.data.dataset import Audit, build_dataset
 from nemo_automodel.components.data.examples import IGNORED, Example, Examples, preview
 from nemo_automodel.components.data.sources import load_rows
-from nemo_automodel.components.data.stream import BatchStream
+from nemo_automodel.components.data.stream import BatchStream, micro_batches
 
 __all__ = [
     "IGNORED",
@@ -25,6 +25,7 @@ __all__ = [
     "collate",
     "collate_packed",
     "load_rows",
+    "micro_batches",
     "pack",
     "preview",
 ]

@@ -11,14 +11,14 @@ Batch = dict[str, Tensor]
 _OPEN_ROWS = 64
 
 
-def collate(examples: Sequence[Example], pad_token_id: int, multiple_of: int = 1) -> Batch:
-    """Pad examples on the right, to the longest of them rounded up to a `multiple_of`.
+def collate(examples: Sequence[Example], pad_token_id: int, multiple_of: int = 1, shortest: int = 1) -> Batch:
+    """Pad examples on the right, to the longest of them, or `shortest`, rounded up to a `multiple_of`.
 
     Returns:
         `input_ids`, `attention_mask` (1 for tokens, 0 for padding) and `labels` (-100 for padding), each int64,
         `[examples, length]`. Padding is told by position, so a `pad_token_id` equal to EOS masks no real EOS.
     """
-    longest = max(map(len, examples))
+    longest = max(shortest, *map(len, examples))
     shape = len(examples), -(-longest // multiple_of) * multiple_of
     batch = {
         "input_ids": torch.full(shape, pad_token_id),

@@ -29,6 +29,8 @@ class BatchStream:
         pad_token_id: any token id will do: padding is neither attended to nor supervised.
         packed_length: tokens in a row of whole examples, or None to pad rows of one example.
         multiple_of: round the length of padded rows up to a multiple of this.
+        alike: whether all micro-batches have one shape, that of the longest example, and all batches, the last one
+            of an epoch included, equally many of them: rows without labels fill up.
         shuffle: whether epochs are in random order, or in that of `examples`.
         seed: of the random order.
         rank, world_size: which of how many data-parallel shares of each batch to return.
@@ -47,6 +49,7 @@ class BatchStream:
         micro_batch_size: int | None = None,
         packed_length: int | None = None,
         multiple_of: int = 1,
+        alike: bool = False,
         shuffle: bool = True,
         seed: int = 0,
         rank: int = 0,
@@ -63,6 +66,11 @@ class BatchStream:
         self._examples, self._batch_size, self._micro_batch_size = examples, batch_size, micro_batch_size
         self._pad_token_id, self._packed_length, self._multiple_of = pad_token_id, packed_length, multiple_of
         self._rank, self._world_size = rank, world_size
+        self._shortest, self._share = 1, 0
+        if alike:
+            self._shortest = max(map(examples.length, range(len(examples))))
+            rows = min(micro_batch_size, -(-batch_size // world_size))
+            self._share = rows * micro_batches(batch_size, micro_batch_size, world_size)
         self._packing = (
             None if packed_length is None else pack([examples.length(i) for i in range(len(examples))], packed_length)
         )
@@ -143,7 +151,7 @@ class BatchStream:
     def _micro_batches(self, rows: list[int]) -> list[Batch]:
         """This rank's share of a batch."""
         share = [self._read(row) for row in rows[self._rank :: self._world_size]]
-        if len(share) * self._world_size < len(rows):
+        while len(share) * self._world_size < len(rows) or len(share) < self._share:
             share.append([Example(one.input_ids, torch.full_like(one.labels, IGNORED)) for one in self._read(rows[0])])
         size = self._micro_batch_size
         return [self._collate(share[start : start + size]) for start in range(0, len(share), size)]
@@ -155,4 +163,9 @@ class BatchStream:
     def _collate(self, rows: list[list[Example]]) -> Batch:
         if self._packed_length is not None:
             return collate_packed(rows, self._packed_length, self._pad_token_id)
-        return collate([example for [example] in rows], self._pad_token_id, self._multiple_of)
+        return collate([example for [example] in rows], self._pad_token_id, self._multiple_of, self._shortest)
+
+
+def micro_batches(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """How many micro-batches each of the ranks has of a batch."""
+    return -(-batch_size // (world_size * micro_batch_size))

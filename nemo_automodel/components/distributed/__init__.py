@@ -8,6 +8,7 @@ from nemo_automodel.components.distributed.context import (
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers, join_ranks
 from nemo_automodel.components.distributed.mesh import ALONE, Mesh, MeshConfig, part_of
 from nemo_automodel.components.distributed.parallelize import Options, parallelize
+from nemo_automodel.components.distributed.pipeline import Pipeline, saved_name
 from nemo_automodel.components.distributed.replicas import diverged
 from nemo_automodel.components.distributed.tensor import parallelize_tensors
 
@@ -17,6 +18,7 @@ __all__ = [
     "MeshConfig",
     "NotShared",
     "Options",
+    "Pipeline",
     "check_shares_sequences",
     "diverged",
     "fully_shard_layers",
@@ -25,4 +27,5 @@ __all__ = [
     "parallelize_context",
     "parallelize_tensors",
     "part_of",
+    "saved_name",
 ]

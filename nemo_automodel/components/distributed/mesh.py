@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from nemo_automodel.components.distributed.stages import ScheduleName, check_schedule
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """From the outermost, whose neighbours are far apart, to the innermost: ranks of one ``tp`` group follow each other."""
 
@@ -24,7 +26,7 @@ class MeshConfig:
     """How the ranks of a run share its work.
 
     Raises:
-        ValueError: a size below one, by the field's name.
+        ValueError: a size below one, or as many stages as the schedule does not have, by the field's name.
     """
 
     pp: int = _option(1, "ranks that share the layers (pipeline parallelism)")
@@ -36,8 +38,13 @@ class MeshConfig:
     )
     tp: int = _option(1, "ranks that share each layer's products (tensor parallelism)")
     sequence_parallel: bool = _option(True, "with tp: what lies between the products is cut along the sequence")
+    pp_schedule: ScheduleName = _option("1F1B", "with pp: the order in which stages compute micro-batches")  # noqa: RUF009
+    pp_virtual_stages: int | None = _option(
+        None, "with pp: stages of each rank; null: as few as the schedule takes (one, or two interleaved)"
+    )
 
     def __post_init__(self) -> None:
+        check_schedule(self.pp_schedule, self.pp_virtual_stages)
         for name in AXES:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")

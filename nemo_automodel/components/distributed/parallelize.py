@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from nemo_automodel.components.distributed.context import parallelize_context
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers
 from nemo_automodel.components.distributed.mesh import Mesh
+from nemo_automodel.components.distributed.stages import keep_stage
 from nemo_automodel.components.distributed.tensor import parallelize_tensors
 
 Checkpointing = Literal[False, True, "selective"]
@@ -21,12 +22,16 @@ class Options:
 
     Attributes:
         tp_plan: module name -> style, for tensor parallelism.
+        stage: which part of the model this is, for pipeline parallelism.
+        stages: of how many.
         checkpointing: what the backward pass computes again: nothing, whole layers, or all but products and attention.
         compile: compile each layer by itself.
         cpu_offload: keep parameters, gradients and the optimizer's state in host memory.
     """
 
     tp_plan: Mapping[str, str]
+    stage: int = 0
+    stages: int = 1
     checkpointing: Checkpointing = False
     compile: bool = False
     cpu_offload: bool = False
@@ -35,8 +40,8 @@ class Options:
 def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
     """Make ``model``, with its adapters, this rank's part of one that all ranks of ``mesh`` compute together.
 
-    The order is fixed: tensor, sequence and context parallelism change what a layer computes; checkpointing and
-    compilation wrap that; FSDP gathers parameters around them all.
+    The order is fixed: a pipeline stage is a smaller model; tensor, sequence and context parallelism change what a
+    layer computes; checkpointing and compilation wrap that; FSDP gathers parameters around them all.
 
     Args:
         model: of transformers' kind, on the meta device or whole on every rank; changed in place.
@@ -44,8 +49,11 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
         options: what else.
 
     Raises:
-        ValueError: the plan does not fit the model, it cannot share sequences, or it has no layers to shard by.
+        ValueError: a plan does not fit the model, it cannot share sequences, or it has no layers to shard by, or too
+            few for the stages.
     """
+    if options.stages > 1:
+        keep_stage(model, options.stage, options.stages)
     layer_classes = set(model._no_split_modules)
     if (axis := mesh.axis("tp")) is not None:
         parallelize_tensors(model, options.tp_plan, axis, layer_classes if mesh.sequence_parallel else ())

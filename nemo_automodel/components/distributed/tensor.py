@@ -27,6 +27,8 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
 from torch.func import functional_call
 
+from nemo_automodel.components.elsewhere import Elsewhere
+
 WHOLE, TERM, ROWS, COLUMNS, CHANNELS, SEQUENCE = Replicate(), Partial(), Shard(0), Shard(1), Shard(-1), Shard(1)
 
 
@@ -189,7 +191,7 @@ def styles_of(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
             problems.append(f"{pattern}: matches no module")
         if style not in STYLES:
             problems.append(f"{pattern}: {style!r} is no style; there are {', '.join(STYLES)}")
-        styles.update(dict.fromkeys(found, style))
+        styles.update((name, style) for name in found if not isinstance(modules[name], Elsewhere))
     if problems:
         raise ValueError(
             f"the tensor-parallel plan of {type(model).__name__} does not fit it:\n  " + "\n  ".join(problems)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -147,7 +148,7 @@ class MasterAdamW:
 
         If it is not finite, nothing is updated, now and in all steps to come.
         """
-        gradients = {name: self._sums.get(name, p.grad) for name, p in self.parameters.items()}
+        gradients = {name: self._gradient(name) for name in self.parameters}
         present = {name: _complete(g, self.parameters[name]) for name, g in gradients.items() if g is not None}
         for name, group in self._shared.items():
             dist.all_reduce(_local(present[name]), group=group)
@@ -161,12 +162,17 @@ class MasterAdamW:
         numbers = [number for number, name in enumerate(self.parameters) if name in present]
         self._steps[numbers] += 1
         steps = self._steps.tolist()
-        slots = [self._slot(n, steps[n], *one) for n, one in zip(numbers, present.items(), strict=True)]
+        slots = [self._slot(steps[n], *one) for n, one in zip(numbers, present.items(), strict=True)]
         adamw(slots, factor.masked_fill(~self._finite, math.nan), hyper)
         self._sums.clear()
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm
+
+    def _gradient(self, name: str) -> Tensor | None:
+        """What added up; passes that set a gradient without autograd's hooks (a pipeline's) leave it where it was."""
+        total, rest = self._sums.get(name), self.parameters[name].grad
+        return rest if total is None else total if rest is None else total.add_(rest)
 
     def _total_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """2-norm over all gradients of all ranks, in fp32 whatever their dtypes; of whole copies one counts.
@@ -199,7 +205,7 @@ class MasterAdamW:
             tensors |= {f"step.{name}": step, f"exp_avg.{name}": exp_avg, f"exp_avg_sq.{name}": exp_avg_sq}
         return tensors | {f"low.{name}": low for name, low in self._low.items()}
 
-    def _slot(self, number: int, step: int, name: str, gradient: Tensor) -> Slot:
+    def _slot(self, step: int, name: str, gradient: Tensor) -> Slot:
         parameter, low = self.parameters[name], self._low.get(name)
         exp_avg, exp_avg_sq = self._moments[name]
         return Slot(
@@ -210,7 +216,7 @@ class MasterAdamW:
             low=None if low is None else _local(low),
             step=step,
             weight_decay=self.config.weight_decay if parameter.ndim >= 2 else 0.0,
-            stream=number,
+            stream=crc32(name.encode()),  # its number would be another one on another pipeline stage
             shard=_shard(parameter),
         )
 

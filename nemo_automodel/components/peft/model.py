@@ -1,5 +1,6 @@
 """Adapters into a model, their starting values, and adapters folded into the weights."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,20 +67,28 @@ def apply_lora(model: nn.Module, config: LoRAConfig, layout: Layout) -> list[str
 
 
 @torch.no_grad()
-def init_adapters(model: nn.Module) -> None:
+def init_adapters(model: nn.Module, seed: int | None = None) -> None:
     """Give every adapter its starting values, as peft does: the model then computes what it did without them.
 
-    A is uniform (Kaiming, a = sqrt(5)), drawn in fp32 from torch's CPU generator in the order of the modules, so that
-    ranks with one seed agree; B is zero; a DoRA magnitude is the row norm of the base weight, taken in fp32. Parameters
-    may be sharded (DTensors): every rank then calls this.
+    A is uniform (Kaiming, a = sqrt(5)), drawn in fp32 by a generator of its name and the seed, so that ranks with one
+    seed agree whichever layers they have; B is zero; a DoRA magnitude is the row norm of the base weight, in fp32.
+    Parameters may be sharded (DTensors): every rank then calls this.
+
+    Args:
+        model: whole, or some of its layers.
+        seed: default: drawn from torch's CPU generator.
 
     Raises:
         ValueError: weights that are still on the meta device.
     """
-    for _, layer in lora_layers(model):
-        for a in layer.lora_A.values():
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    for name, layer in lora_layers(model):
+        for part, a in layer.lora_A.items():
+            digest = hashlib.sha256(f"{seed} {name}.{part}".encode()).digest()
+            own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             full = torch.empty(a.shape, dtype=torch.float32, device="cpu")
-            fill(a, nn.init.kaiming_uniform_(full, a=math.sqrt(5)))
+            fill(a, nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=own))
         for b in layer.lora_B.values():
             fill(b, torch.zeros(b.shape, dtype=b.dtype))
         if layer.dora:

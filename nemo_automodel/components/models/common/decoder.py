@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from nemo_automodel.components.elsewhere import Elsewhere
 from nemo_automodel.components.kernels.launch import untouched
 from nemo_automodel.components.kernels.linear import Linear
 from nemo_automodel.components.kernels.linear_cross_entropy import linear_cross_entropy
@@ -243,7 +244,9 @@ class DecoderModel(DecoderPreTrainedModel):
         # transformers looks for packed documents only where it is given no cache; one made just now is empty. Positions
         # made just now have none, and looking would make the host wait for the device
         masks = self._masks(spanned, attention_mask if documents is None else documents, cached, packed)
-        hidden_states = self._first_hidden_states(inputs_embeds)
+        # of a later pipeline stage, what it is given are hidden states already
+        first = not isinstance(self.embed_tokens, Elsewhere)
+        hidden_states = self._first_hidden_states(inputs_embeds) if first else inputs_embeds
         position_embeddings = self._position_embeddings(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.spec.layer_types, strict=True):
             hidden_states = layer(
@@ -428,6 +431,8 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
         )
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
+        if isinstance(self.lm_head, Elsewhere):  # not the last pipeline stage
+            return hidden_states
         logits = self.lm_head(hidden_states)
         if self.model.spec.logits_multiplier != 1.0:
             logits = logits * self.model.spec.logits_multiplier

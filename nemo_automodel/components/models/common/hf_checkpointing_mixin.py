@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -98,9 +98,9 @@ class HFCheckpointingMixin(_Base):
                 transformers' attention interface; default: what ``backend.attn`` says.
             backend: a `BackendConfig` or its fields as a dict.
             device: where the parameters go.
-            prepare: called with the model on the meta device, to add adapters or shard it (``fully_shard``,
-                ``parallelize_module``); each rank then reads its own shards only. Adapters stay NaN until
-                `init_adapters` or their own file sets them.
+            prepare: called with the model on the meta device, to add adapters, shard it (``fully_shard``,
+                ``parallelize_module``) or leave some of its modules to other ranks; each rank then reads its own
+                parts only. Adapters stay NaN until `init_adapters` or their own file sets them.
             check_finite: refuse weights that are NaN or infinite, by name.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the Hub; any other name must be
                 a field of the config, which it overrides.
@@ -122,10 +122,10 @@ class HFCheckpointingMixin(_Base):
             reader = open_checkpoint(folder, quantization, dtype=dtype, check_finite=check_finite)
         with default_dtype(dtype), torch.device("meta"):
             model = cls.from_config(config, backend=backend)
-        tied = dict(model.all_tied_weights_keys)
+        tied, names = dict(model.all_tied_weights_keys), set(model.state_dict())
         if prepare is not None:
             prepare(model)
-        model._fill(reader, dtype, device, tied)
+        model._fill(reader, dtype, device, tied, names - set(model.state_dict()))
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)
         read_generation_config(model, folder)
         return model.eval()
@@ -275,10 +275,29 @@ class HFCheckpointingMixin(_Base):
         return current.clone()
 
     def _fill(
-        self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str, tied: Mapping[str, str]
+        self,
+        reader: TensorReader,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        tied: Mapping[str, str],
+        elsewhere: Set[str],
     ) -> None:
-        """Weights, buffers, and what is in no checkpoint; ``tied``: target -> source before ``prepare``."""
+        """Weights, buffers, and what is in no checkpoint.
+
+        Args:
+            reader: the checkpoint.
+            dtype: of the weights.
+            device: where they go.
+            tied: target -> source before ``prepare``.
+            elsewhere: names that ``prepare`` left to other ranks.
+        """
+        if elsewhere:
+            _refuse_unlike_ties(self, reader, tied, elsewhere)
         if _overrides(self.state_dict_adapter, "from_hf"):
+            if elsewhere:
+                raise ValueError(
+                    f"{type(self.state_dict_adapter).__name__} overrides from_hf, which takes whole models: mesh.pp=1"
+                )
             missing = self._fill_through_from_hf(reader, dtype, device, tied)
         else:
             missing = load_parameters(
@@ -290,6 +309,7 @@ class HFCheckpointingMixin(_Base):
                 tied=tied,
                 may_miss=(*(self._keys_to_ignore_on_load_missing or ()), _ADAPTERS),
                 may_ignore=self._may_ignore(),
+                elsewhere=elsewhere,
             )
         self.tie_weights(missing_keys=missing, recompute_mapping=False)
         untied = dict(tied.items() - self.all_tied_weights_keys.items())  # by `prepare`: both start with one value
@@ -361,6 +381,20 @@ class HFCheckpointingMixin(_Base):
         except Exception:
             deque(gathered, maxlen=0)  # with the other ranks, which would wait for this one for ever
             raise
+
+
+def _refuse_unlike_ties(
+    model: HFCheckpointingMixin, reader: TensorReader, tied: Mapping[str, str], elsewhere: Set[str]
+) -> None:
+    """Which of two tied parameters on two pipeline stages counts, no stage could know: in one process both would."""
+    layout = model.state_dict_adapter.layout
+    for pair in tied.items():
+        keys = [key for name in pair for key in layout.hf_keys(name) if key in set(reader)]
+        if elsewhere & set(pair) and len(keys) > 1 and not torch.equal(*map(reader.read, keys)):
+            raise CheckpointError(
+                f"{reader.path}: its config ties {keys[0]} and {keys[1]}, which differ, so they are not trained in "
+                "pipeline stages: set tie_word_embeddings=false in its config.json, or leave mesh.pp at 1"
+            )
 
 
 def _overrides(adapter: Any, method: str) -> bool:

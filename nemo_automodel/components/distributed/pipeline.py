@@ -1,0 +1,175 @@
+"""Pipeline parallelism: stages of a model on several ranks, run by torch's schedules."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from nemo_automodel.components.distributed.mesh import Mesh
+from nemo_automodel.components.distributed.stages import SINGLE, ZERO_BUBBLE
+
+Compute = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+"""A stage and its micro-batch, with hidden states where ids would be, -> hidden states, or the loss of the last."""
+
+
+_FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+"""torch's actions of a schedule that have nothing to do with gradients."""
+
+
+class _Stage(PipelineStage):
+    """A stage that computes a micro-batch which all ranks have, known by its number.
+
+    torch would split a whole batch's tensors by rows, and give on what each stage returns.
+    """
+
+    batches: Sequence[Mapping[str, Any]]
+    compute: Compute
+
+    def forward_maybe_with_nosync(self, *inputs: Tensor, number: Tensor) -> Tensor:
+        batch = self.batches[int(number)]
+        output = self.compute(self.submod, {**batch, "input_ids": inputs[0]} if inputs else batch)
+        # torch detaches it in place once its gradient has gone back, which views do not let happen
+        return output.clone() if output._is_view() else output
+
+
+class Pipeline:
+    """A model whose stages lie on the ranks of a mesh's axis ``pp``.
+
+    Args:
+        parts: stage number -> this rank's part of the model, as `keep_stage` left it, whole or sharded.
+        stages: how many there are on all ranks.
+        mesh: of all ranks.
+        schedule: a `ScheduleName`.
+        compute: what a stage does.
+
+    Attributes:
+        parts: of this rank, the first stage's first.
+        parameters: the trained ones of all parts, by the names under which they are saved.
+        shared: of those that another rank has too, name -> the ranks that have it.
+    """
+
+    def __init__(self, parts: Mapping[int, nn.Module], stages: int, mesh: Mesh, schedule: str, compute: Compute):
+        axis = mesh.axis("pp")
+        assert axis is not None
+        self.parts = list(parts.values())
+        self._numbers, self._stages, self._group = list(parts), stages, axis.get_group()
+        self._schedule, self._compute = schedule, compute
+        self._device = (
+            torch.device(mesh.device_type, torch.cuda.current_device())
+            if mesh.device_type == "cuda"
+            else (torch.device(mesh.device_type))
+        )
+        self._ready: dict[tuple[Any, ...], tuple[list[_Stage], Any]] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                name = saved_name(part, name)
+                if name in self.parameters:
+                    self._copies.append((self.parameters[name], parameter))
+                elif parameter.requires_grad:
+                    self.parameters[name] = parameter
+        ends = _ends(mesh) if schedule != "ZBVZeroBubble" else None  # there both ends are on one rank
+        tied = {name for part in self.parts for name in getattr(part, "split_ties", {}).values()}
+        self.shared = {name: ends for name in tied & self.parameters.keys() if ends is not None}
+
+    def train_step(self, batches: Sequence[Mapping[str, Any]], factor: float) -> Tensor:
+        """Forward and backward passes of all micro-batches; gradients are of the losses times ``factor``.
+
+        Args:
+            batches: of a step, all of one shape, each with ``input_ids`` ``[B, S]``; the same on all of its stages.
+            factor: of the losses.
+
+        Returns:
+            The sum of the losses times ``factor``; zero where the last stage is not.
+        """
+        with self._gathered():
+            total = self._run(batches, factor, train=True)
+        for one, other in self._copies:
+            if other.grad is not None:
+                one.grad = other.grad if one.grad is None else one.grad + other.grad
+                other.grad = None
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+        """The sum of the losses; zero where the last stage is not."""
+        return self._run(batches, 1.0, train=False)
+
+    def _run(self, batches: Sequence[Mapping[str, Any]], factor: float, train: bool) -> Tensor:
+        with torch.no_grad():
+            for one, other in self._copies:
+                other.copy_(one)
+        key = (len(batches), *batches[0]["input_ids"].shape, train)
+        if key not in self._ready:
+            self._ready[key] = self._prepare(*key)
+        stages, schedule = self._ready[key]
+        for stage in stages:
+            stage.batches = batches
+        losses: list[Tensor] = []
+        numbers, factors = torch.arange(len(batches)), torch.full((len(batches),), factor)
+        run = schedule.step if train else schedule.eval
+        run(number=numbers, target=factors, losses=losses, return_outputs=False)
+        total = torch.zeros((), device=self._device)
+        for loss in losses:
+            total += loss.detach()
+        return total
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Where weights' gradients wait for their turn, FSDP must not take the weights away in between."""
+        sharded = [part for part in self.parts if isinstance(part, FSDPModule) and self._schedule in ZERO_BUBBLE]
+        for part in sharded:
+            part.set_reshard_after_forward(False)
+        yield
+        for part in sharded:
+            part.set_reshard_after_forward(True)
+
+    def _prepare(self, count: int, rows: int, length: int, train: bool) -> tuple[list[_Stage], Any]:
+        """torch's stages and schedule for micro-batches of this shape, which their buffers have."""
+        config: Any = self.parts[0].config
+        dtype: Any = self.parts[0].dtype
+        hidden = torch.empty(rows, length, config.hidden_size, dtype=dtype, device="meta", requires_grad=train)
+        loss = torch.empty((), device="meta", requires_grad=train)
+        stages = []
+        for number, part in zip(self._numbers, self.parts, strict=True):
+            stage = _Stage(
+                part,
+                number,
+                self._stages,
+                self._device,
+                input_args=() if number == 0 else (hidden,),
+                output_args=(loss if number == self._stages - 1 else hidden,),
+                group=self._group,
+            )
+            stage.compute = self._compute
+            stages.append(stage)
+        schedule = get_schedule_class(self._schedule)(
+            stages[0] if self._schedule in SINGLE else stages,  # type: ignore[arg-type]
+            n_microbatches=count,
+            loss_fn=lambda loss, factor: loss * factor[0],
+            scale_grads=False,
+        )
+        if not train and self._schedule not in SINGLE:  # torch's eval looks for gradients between stages of one rank
+            schedule.pipeline_order_with_comms = {
+                rank: [action for action in actions if action.computation_type.value in _FORWARD]
+                for rank, actions in schedule.pipeline_order_with_comms.items()
+            }
+        return stages, schedule
+
+
+def saved_name(part: nn.Module, name: str) -> str:
+    """The name under which a checkpoint has the parameter ``name`` of a stage: of tied ones, the first's."""
+    return getattr(part, "split_ties", {}).get(name, name)
+
+
+def _ends(mesh: Mesh) -> dist.ProcessGroup | None:
+    """This rank and the one at the pipeline's other end, which is at the same place among its stage's ranks."""
+    ends = [[place, mesh.size - mesh.stage + place] for place in range(mesh.stage)]
+    return dist.new_subgroups_by_enumeration(ends)[0]
