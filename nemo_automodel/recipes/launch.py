@@ -191,10 +191,10 @@ def launch(options: LaunchOptions, command: Sequence[str], logs: Path, device: t
         try:
             result = agent.run()
         except SignalException:
-            return agent.stopped_with()
+            return agent.workers_code(code_of(-agent.asked) if agent.asked else ExitCode.TEMPORARY)
         except RendezvousError as error:
-            print(f"automodel: the machines did not meet: {error}", file=sys.stderr)
-            return ExitCode.TEMPORARY
+            print(f"automodel: the other machines cannot be reached, or are gone: {error}", file=sys.stderr)
+            return agent.workers_code(ExitCode.TEMPORARY)
         finally:
             if agent.asked is None:  # else the others may go on
                 agent.get_worker_group().spec.rdzv_handler.shutdown()
@@ -265,11 +265,10 @@ class _Agent(LocalElasticAgent):
             text += f": {said}" if said and said not in shown else ""
         return f"rank {rank} {text}; its output: {Path(self._pcontext.stderrs[failure.local_rank]).parent}"
 
-    def stopped_with(self) -> ExitCode:
-        """The exit code of workers that were asked to stop: done only if all are."""
-        assert self.asked is not None
+    def workers_code(self, without: ExitCode) -> ExitCode:
+        """The exit code of workers that have been stopped: done only if all are; ``without`` any there is another."""
         if not isinstance(self._pcontext, SubprocessContext):
-            return code_of(-self.asked)
+            return without
         codes = {code_of(handler.proc.returncode) for handler in self._pcontext.subprocess_handlers.values()}
         return next((code for code in _PRECEDENCE if code in codes), ExitCode.DONE)
 
