@@ -118,3 +118,16 @@ def test_a_run_goes_on_with_other_stages(tmp_path: Path) -> None:
     for key in ("loss", "val_loss", "grad_norm"):
         one, other = ([row[key] for row in each if key in row] for each in rows)
         assert other == pytest.approx(one, rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_gradients_of_half_precision_add_up_alike_in_every_schedule(tmp_path: Path) -> None:
+    """In fp32, wherever autograd's hooks are not called as well; and tied copies stay the same, on two ranks or one."""
+    options = options_of(tmp_path, "llama", True, model__dtype="bfloat16", mesh__pp=2, optim__masters="stochastic")
+    rows = []
+    for schedule in ("Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"):
+        words = words_of({**options, "mesh.pp_schedule": schedule, "output_dir": tmp_path / schedule})
+        run_ranks(2, _train_until, words, STEPS)
+        rows.append([json.loads(line) for line in (tmp_path / schedule / "metrics.jsonl").read_text().splitlines()])
+    for key in ("loss", "grad_norm"):
+        assert len({tuple(row[key] for row in each) for each in rows}) == 1, key

@@ -37,6 +37,15 @@ class _Stage(PipelineStage):
         # torch detaches it in place once its gradient has gone back, which views do not let happen
         return output.clone() if output._is_view() else output
 
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        for parameter in self.submod.parameters():  # whose gradients torch set without autograd, which calls the hooks
+            _call_hooks(parameter)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 would open a connection to this rank too, where it has the neighbour
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
 
 class Pipeline:
     """A model whose stages lie on the ranks of a mesh's axis ``pp``.
@@ -73,6 +82,7 @@ class Pipeline:
                 name = saved_name(part, name)
                 if name in self.parameters:
                     self._copies.append((self.parameters[name], parameter))
+                    parameter.register_post_accumulate_grad_hook(_handing_over(self.parameters[name]))
                 elif parameter.requires_grad:
                     self.parameters[name] = parameter
         ends = _ends(mesh) if schedule != "ZBVZeroBubble" else None  # there both ends are on one rank
@@ -90,12 +100,7 @@ class Pipeline:
             The sum of the losses times ``factor``; zero where the last stage is not.
         """
         with self._gathered():
-            total = self._run(batches, factor, train=True)
-        for one, other in self._copies:
-            if other.grad is not None:
-                one.grad = other.grad if one.grad is None else one.grad + other.grad
-                other.grad = None
-        return total
+            return self._run(batches, factor, train=True)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -162,6 +167,24 @@ class Pipeline:
                 for rank, actions in schedule.pipeline_order_with_comms.items()
             }
         return stages, schedule
+
+
+def _call_hooks(parameter: Tensor) -> None:
+    hooks: Mapping[int, Callable[[Tensor], None]] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    for hook in hooks.values() if parameter.grad is not None else ():
+        hook(parameter)
+
+
+def _handing_over(one: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook that adds a copy's gradient to that of ``one``, a tied parameter of another stage of this rank."""
+
+    def hand_over(copy: Tensor) -> None:
+        assert copy.grad is not None
+        one.grad = copy.grad if one.grad is None else one.grad + copy.grad
+        copy.grad = None
+        _call_hooks(one)
+
+    return hand_over
 
 
 def saved_name(part: nn.Module, name: str) -> str:

@@ -148,7 +148,7 @@ class MasterAdamW:
 
         If it is not finite, nothing is updated, now and in all steps to come.
         """
-        gradients = {name: self._gradient(name) for name in self.parameters}
+        gradients = {name: self._sums.get(name, p.grad) for name, p in self.parameters.items()}
         present = {name: _complete(g, self.parameters[name]) for name, g in gradients.items() if g is not None}
         for name, group in self._shared.items():
             dist.all_reduce(_local(present[name]), group=group)
@@ -168,11 +168,6 @@ class MasterAdamW:
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm
-
-    def _gradient(self, name: str) -> Tensor | None:
-        """What added up; passes that set a gradient without autograd's hooks (a pipeline's) leave it where it was."""
-        total, rest = self._sums.get(name), self.parameters[name].grad
-        return rest if total is None else total if rest is None else total.add_(rest)
 
     def _total_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """2-norm over all gradients of all ranks, in fp32 whatever their dtypes; of whole copies one counts.
