@@ -220,6 +220,8 @@ def _check_packing() -> None:
         _with_masks(_unseen_documents, check_packing, model, torch.device("cpu"), mesh)
     with pytest.raises(ValueError, match="no cache: give use_cache=False"):
         model(input_ids=tokens(1, 4))
+    with pytest.raises(ValueError, match="take targets, shifted before the cut, not labels"):
+        model(input_ids=tokens(1, 4), labels=tokens(1, 4), use_cache=False)
     with pytest.raises(NotShared, match=r"LlamaForCausalLM: LlamaModel does not declare .* set mesh.cp=1"):
         parallelize_context(LlamaForCausalLM(tiny()), mesh)
 

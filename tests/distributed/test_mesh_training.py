@@ -66,6 +66,7 @@ MORE: list[Case] = [
     ("llama tied", {"pp": 2, "tp": 2}, V),
     ("qwen2 tied", {"pp": 2, "tp": 2}, LORA),
     ("llama tied", {"pp": 2, "cp": 2}, PACKED),
+    ("qwen2 untied", {"pp": 2, "cp": 2}, RING),
 ]
 """As `CASES`, in the longer suite."""
 
@@ -90,11 +91,12 @@ def test_a_broken_rule_is_seen(rule: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [{"dp_shard": 2}, {"cp": 2}], ids=str)
+def test_compiled_layers_train_the_same(mesh: dict[str, int], tmp_path: Path) -> None:
     options = options_of(tmp_path, "llama", True, data__packing="true", data__max_length=96)
     record(words_of({**options, "output_dir": tmp_path / "one"}), tmp_path / "one-tensors")
     options["model.compile"] = "true"
-    assert_equal_training(tmp_path, options, {"dp_shard": 2}, 2, "_without_inductor")
+    assert_equal_training(tmp_path, options, mesh, 2, "_without_inductor")
 
 
 MESHES: list[dict[str, int]] = [{"pp": 2}, {"tp": 2}, {"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}]

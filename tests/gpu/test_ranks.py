@@ -69,7 +69,9 @@ def _ring_beside_sdpa() -> None:
     torch.manual_seed(0)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     whole = [torch.randn(2, heads, 1024, 64, device="cuda").bfloat16() for heads in (8, 2, 2, 8)]
-    exact, rounded = ([x.to(dtype, copy=True).requires_grad_() for x in whole[:3]] for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        [x.to(dtype, copy=True).requires_grad_() for x in whole[:3]] for dtype in (torch.float32, torch.bfloat16)
+    )
     parts = [part_of(x, rank, ranks, 2, balanced=True).requires_grad_() for x in whole[:3]]
     group = dist.group.WORLD
     assert group is not None

@@ -377,7 +377,12 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
                 1-D index tensor.
             targets: ``[B, positions kept]``, what each is to predict, -100 where nothing.
             **kwargs: for the backbone and, such as ``num_items_in_batch``, for the loss.
+
+        Raises:
+            ValueError: labels of a part of a sequence, the last of which lacks what it is to predict.
         """
+        if labels is not None and self.model.context is not None:
+            raise ValueError("ranks that share sequences (mesh.cp) take targets, shifted before the cut, not labels")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
