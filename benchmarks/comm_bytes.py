@@ -18,7 +18,7 @@ import torch
 from nemo_automodel.components.distributed import MeshConfig
 from nemo_automodel.components.distributed.traffic import Traffic
 from nemo_automodel.config import load_config
-from nemo_automodel.recipes.building import build_mesh, build_model, build_optimizer
+from nemo_automodel.recipes.building import build_mesh, build_optimizer, build_parts, build_pipeline
 from nemo_automodel.recipes.needs import traffic, work_of
 from nemo_automodel.recipes.step import train_step
 from nemo_automodel.recipes.train import TrainConfig
@@ -48,6 +48,11 @@ CASES = (
     "--mesh.tp 2 --mesh.dp_shard 2 --lora.r 4",
     "--mesh.tp 2 --lora.r 4 --lora.dora true --model.gradient_checkpointing true",
     "--mesh.cp 2",
+    "--mesh.pp 2",
+    "--mesh.pp 2 --mesh.dp_shard 2 --mesh.pp_schedule GPipe",
+    "--mesh.pp 2 --mesh.tp 2",
+    "--mesh.pp 2 --mesh.pp_schedule Interleaved1F1B",
+    "--mesh.pp 2 --mesh.dp_shard 2 --mesh.pp_schedule ZBVZeroBubble",
     "--mesh.cp 4 --mesh.cp_method ring",
     "--mesh.cp 2 --mesh.cp_method ring --model.gradient_checkpointing true",
     "--mesh.cp 2 --mesh.tp 2 --model.gradient_checkpointing selective",
@@ -83,16 +88,17 @@ def one_step(config: TrainConfig) -> tuple[dict[str, int], dict[str, int]]:
     device = torch.device("cpu")
     mesh = build_mesh(config, device)
     torch.manual_seed(0)
-    model = build_model(config, None, device, mesh=mesh)
+    parts = build_parts(config, None, device, mesh)
+    model = build_pipeline(parts, config, mesh) if mesh.pp > 1 else parts[0]
     optimizer = build_optimizer(model, config.optim, 0, mesh)
     work = work_of(config, mesh)
-    rows = torch.randint(model.config.vocab_size, (work.rows, work.length)).split(
+    rows = torch.randint(SHAPE["vocab_size"], (work.rows, work.length)).split(
         config.train.micro_batch_size or work.rows
     )
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in rows]
     with Traffic(mesh) as counted:
         train_step(model, optimizer, batches, 1e-3, device, mesh)
-    predicted = traffic(model, mesh, work, config.model.gradient_checkpointing)
+    predicted = traffic(parts, mesh, work, config.model.gradient_checkpointing)
     return counted.by_axis(), predicted
 
 

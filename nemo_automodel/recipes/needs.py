@@ -12,12 +12,15 @@ rank's hidden states of a step, ``tokens / cp * hidden * bytes``:
     cp            all_to_all: queries, keys and values out, attention back, forward and backward. ring: all-gather of
                   keys and values, forward and backward, and their fp32 gradients once round
 
+    pp            a stage sends A to the next, and its gradient to the one before; gradients of tied embeddings
+
+With pp FSDP gathers once more than there are micro-batches (zero bubble: once), and reduces once.
 What checkpointing computes again is sent again, but for the last sum of a layer.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +28,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.distributed.mesh import Mesh
+from nemo_automodel.components.distributed.stages import ZERO_BUBBLE
 from nemo_automodel.components.distributed.tensor import styles_of
 from nemo_automodel.components.distributed.traffic import sent
+from nemo_automodel.components.elsewhere import Elsewhere
 from nemo_automodel.components.kernels.linear_cross_entropy import CHUNK
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 
@@ -40,11 +45,12 @@ ACTIVATIONS = (
     "of the MLP; t = tp, s = tp if sequence_parallel else 1): 2h/s + 2h + (2q + 2kv + 3i)/t, for streams, inputs of "
     "the products, queries, keys, values, attention, gate, up and their product (kernels that make norms and "
     "activations again keep less); checkpointing selectively h/s + 2h + (2q + 2kv + 2i)/t; fully h/s, and one layer as "
-    "without. And for the loss 2h a token and one chunk of logits"
+    "without; with pp times the micro-batches in flight. And for the loss 2h a token and one chunk of logits"
 )
 GATHERED = (
     "gathered: whole parameters of the outermost FSDP unit and of two layers (one computes, one is on its way), and "
-    "where they are trained their gradients, and the fp32 copy of one unit's that is being reduced"
+    "where they are trained their gradients, and the fp32 copy of one unit's that is being reduced; with pp the "
+    "whole stage, and its gradients in fp32, which wait there for the last micro-batch"
 )
 
 
@@ -59,6 +65,9 @@ class Work:
         tokens: of these rows, those that this rank has.
         largest: tokens of its largest micro-batch.
         global_tokens: of all ranks.
+        gathers: how often FSDP gathers a parameter.
+        reductions: how often it reduces a gradient.
+        in_flight: micro-batches whose activations a pipeline's rank has at the same time, those of one stage being one.
     """
 
     rows: int
@@ -67,6 +76,9 @@ class Work:
     tokens: int
     largest: int
     global_tokens: int
+    gathers: int
+    reductions: int
+    in_flight: float
 
 
 def work_of(config: "TrainConfig", mesh: Mesh) -> Work:
@@ -75,7 +87,23 @@ def work_of(config: "TrainConfig", mesh: Mesh) -> Work:
     rows = -(-loop.batch_size // mesh.data)
     each = min(loop.micro_batch_size or rows, rows)
     own = -(-length // mesh.sequence_cut) * mesh.sequence_cut // mesh.cp
-    return Work(rows, -(-rows // each), length, rows * own, each * own, loop.batch_size * length)
+    count, schedule = -(-rows // each), config.mesh.pp_schedule
+    gathers, reductions = 2 * count, count
+    if mesh.pp > 1:  # forward passes let go of parameters, backward passes do not; zero-bubble ones never do
+        gathers, reductions = 1 if schedule in ZERO_BUBBLE else count + 1, 1
+    in_flight = _in_flight(schedule, mesh, count, config.mesh.pp_virtual_stages or 2)
+    tokens, global_tokens = rows * own, loop.batch_size * length
+    return Work(rows, count, length, tokens, each * own, global_tokens, gathers, reductions, in_flight)
+
+
+def _in_flight(schedule: str, mesh: Mesh, count: int, stages: int) -> float:
+    """`Work.in_flight`, by the schedules' warm-up (Narayanan et al. 2021, arXiv:2104.04473), or as many as ranks."""
+    if mesh.pp == 1 or schedule == "GPipe":
+        return 1 if mesh.pp == 1 else count
+    later = mesh.pp - mesh.place["pp"] - 1
+    if "Interleaved" in schedule:
+        return min(count * stages, 2 * later + (stages - 1) * mesh.pp + 1) / stages
+    return min(count, mesh.pp if schedule == "ZBVZeroBubble" else later + 1)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -95,10 +123,12 @@ def layers_of(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if classes & {each.__name__ for each in type(module).__mro__}]
 
 
-def gathered_bytes(model: Any) -> int:
+def gathered_bytes(model: Any, mesh: Mesh) -> int:
     """The estimate `GATHERED`; 0 where FSDP shards nothing."""
     if not any(_ranks(p, "fsdp") > 1 for p in model.parameters()):
         return 0
+    if mesh.pp > 1:
+        return sum(_gathered(p) * (p.itemsize + 4 * p.requires_grad) for p in model.parameters())
     layers = layers_of(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     layer = max(layers, key=lambda each: sum(map(_gathered, each.parameters())))
@@ -124,29 +154,68 @@ def activation_bytes(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> 
     q, kv = _channels(config)
     kept = 2 * stream + 2 * hidden + (2 * q + 2 * kv + 3 * inner) / t
     selective = stream + 2 * hidden + (2 * q + 2 * kv + 2 * inner) / t
-    per_token = {False: layers * kept, "selective": layers * selective, True: layers * stream + kept}[checkpointing]
-    logits = min(CHUNK, work.largest * config.vocab_size // t)
-    return int(model.dtype.itemsize * (work.largest * (per_token + 2 * hidden) + logits))
+    layer = {False: kept, "selective": selective, True: stream}[checkpointing]
+    elements = work.largest * (layers * layer * work.in_flight + (kept if checkpointing is True else 0))
+    if ends(model):
+        elements += work.largest * 2 * hidden + min(CHUNK, work.largest * config.vocab_size // t)
+    return int(model.dtype.itemsize * elements)
 
 
-def traffic(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> dict[str, int]:
-    """Axis -> bytes that this rank sends in an optimizer step; see the formulas above."""
+def traffic(parts: Mapping[int, Any], mesh: Mesh, work: Work, checkpointing: Any) -> dict[str, int]:
+    """Axis -> bytes that this rank sends in an optimizer step, by the formulas above.
+
+    Args:
+        parts: of the model, those that the rank has, by the number of their stage; the whole model as 0.
+        mesh: of all ranks.
+        work: of the rank.
+        checkpointing: as the configuration says.
+    """
+    total: Counter[str] = Counter()
+    for number, part in parts.items():
+        total += _traffic(part, mesh, work, checkpointing)
+        # hidden states to the next stage, their gradients to the one before, where those are on other ranks
+        others = [
+            near for near in (number - 1, number + 1) if near in range(mesh.pp * len(parts)) and near not in parts
+        ]
+        if others:
+            total["pp"] += len(others) * work.tokens * part.config.hidden_size * part.dtype.itemsize
+    if not {0, mesh.pp * len(parts) - 1} <= parts.keys():  # tied embeddings and head on two ranks
+        for parameter in (p for part in parts.values() for name, p in part.named_parameters() if name in _split(part)):
+            total["pp"] += sent("all-reduce", gradient_bytes(parameter, work.micro_batches > 1), 2)
+    return dict(total)
+
+
+def _split(part: Any) -> Mapping[str, str]:
+    return getattr(part, "split_ties", None) or {}
+
+
+def _traffic(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> Counter[str]:
     total: Counter[str] = Counter()
     for parameter in model.parameters():
         if (n := _ranks(parameter, "fsdp")) > 1:
             whole = _gathered(parameter)
-            total["fsdp"] += 2 * work.micro_batches * sent("all-gather", whole * parameter.itemsize, n)
+            total["fsdp"] += work.gathers * sent("all-gather", whole * parameter.itemsize, n)
         else:
             whole = local(parameter).numel()
         if parameter.requires_grad and isinstance(parameter, DTensor) and (copies := mesh.dp_replicate) > 1:
-            total["dp_replicate"] += work.micro_batches * sent("all-reduce", whole // n * 4, copies)
+            total["dp_replicate"] += work.reductions * sent("all-reduce", whole // n * 4, copies)
         if parameter.requires_grad and n > 1:
-            total["fsdp"] += work.micro_batches * sent("reduce-scatter", whole * 4, n)
+            total["fsdp"] += work.reductions * sent("reduce-scatter", whole * 4, n)
     if mesh.tp > 1:
         total["tp"] = _tensor_parallel(model, mesh, work, checkpointing)
     if mesh.cp > 1:
         total["cp"] = len(layers_of(model)) * _attention(model, mesh, work, checkpointing)
-    return dict(total)
+    return total
+
+
+def begins(part: Any) -> bool:
+    """Whether it has the embeddings."""
+    return not isinstance(part.get_input_embeddings(), Elsewhere)
+
+
+def ends(part: Any) -> bool:
+    """Whether it has the head."""
+    return not isinstance(part.get_output_embeddings(), Elsewhere)
 
 
 def _attention(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> int:
@@ -166,7 +235,7 @@ def _tensor_parallel(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> 
     columns, rows = (sum(style == kind for style in styles.values()) for kind in ("colwise", "rowwise"))
     layers = len(layers_of(model))
     # transformers has the embeddings' output ask for a gradient where layers are checkpointed
-    asked = bool(checkpointing) or model.get_input_embeddings().weight.requires_grad
+    asked = bool(checkpointing) or not begins(model) or model.get_input_embeddings().weight.requires_grad
     total = 2 * gathered * (columns + rows)
     if checkpointing:  # again, but for each layer's last sum, if nothing comes after it that keeps its input
         spared = 0 if model.base_model.spec.norms.after_mlp else layers
@@ -175,8 +244,10 @@ def _tensor_parallel(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> 
         total -= gathered if mesh.sequence_parallel else reduced
     if mesh.sequence_parallel:  # into the first layer, backward; out of the last
         total += gathered * (1 + asked)
-    total += reduced  # embeddings
-    total += reduced + 3 * sent("all-reduce", work.tokens * 4, n)  # the head's input, backward; the loss
+    total += reduced * begins(model)  # embeddings
+    total += (reduced + 3 * sent("all-reduce", work.tokens * 4, n)) * ends(
+        model
+    )  # the head's input, backward; the loss
     again = 2 if checkpointing else 1
     joined = {name for name, style in styles.items() if style == JOINED and _of_all_heads(model, name)}
     for name in joined:  # queries or keys, gathered for their norm, and their gradients
@@ -203,9 +274,11 @@ def _sums_of_whole(model: nn.Module, mesh: Mesh, work: Work, joined: set[str]) -
             continue
         if name.endswith(".bias") and not mesh.sequence_parallel:
             continue  # added to the sum of all, once
-        each = sent("all-reduce", parameter.numel() * parameter.itemsize, mesh.tp)
         sharded = _ranks(parameter, "fsdp") > 1 or _ranks(parameter, "dp_replicate") > 1
-        yield each * work.micro_batches if sharded else each  # the optimizer adds up once
+        times = work.reductions if sharded else 1  # the optimizer adds up once
+        # what micro-batches have added up, they have in fp32
+        itemsize = max(parameter.itemsize, 4) if times < work.micro_batches else parameter.itemsize
+        yield times * sent("all-reduce", parameter.numel() * itemsize, mesh.tp)
 
 
 def _placement(parameter: DTensor, axis: str) -> Any:

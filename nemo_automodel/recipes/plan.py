@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nemo_automodel._transformers.auto_model import read_config
 from nemo_automodel.components.distributed import Mesh
-from nemo_automodel.recipes.building import build_mesh, build_model, build_optimizer
+from nemo_automodel.recipes.building import build_mesh, build_optimizer, build_parts, build_pipeline
 from nemo_automodel.recipes.checks import blame
 from nemo_automodel.recipes.flops import arithmetic
 from nemo_automodel.recipes.needs import (
@@ -135,7 +135,7 @@ def plan(config: "TrainConfig", ranks: int) -> Plan:
         mesh = build_mesh(config, torch.device("cpu"))
         work = work_of(config, mesh)
     kinds = {place for stage in range(mesh.pp) for place in (stage * mesh.stage, (stage + 1) * mesh.stage - 1)}
-    needs = list(in_processes(_needs, [(config, rank, ranks, work) for rank in sorted(kinds)]))
+    needs = list(in_processes(_needs, [(config, rank, ranks) for rank in sorted(kinds)]))
     with blame("model.path"):
         flops = arithmetic(config.model.path, work.length).per_token(config.lora is None) * work.global_tokens
     return Plan(mesh, config.model.dtype, work, flops, needs, _notes(config, mesh))
@@ -179,12 +179,14 @@ def _planned(config: "TrainConfig") -> "TrainConfig":
     return replace(config, model=model)
 
 
-def _needs(config: "TrainConfig", rank: int, ranks: int, work: Work) -> RankNeeds:
+def _needs(config: "TrainConfig", rank: int, ranks: int) -> RankNeeds:
     with pretended(rank, ranks):
         mesh = build_mesh(config, torch.device("cpu"))
-        model = build_model(config, None, torch.device("meta"), mesh=mesh)
-        optimizer = build_optimizer(model, config.optim, config.train.seed, mesh)
-        parameters = list(model.parameters())
+        numbered = build_parts(config, None, torch.device("meta"), mesh)
+        parts, work = list(numbered.values()), work_of(config, mesh)
+        trained = build_pipeline(numbered, config, mesh) if mesh.pp > 1 else parts[0]
+        optimizer = build_optimizer(trained, config.optim, config.train.seed, mesh)
+        parameters = [parameter for part in parts for parameter in part.parameters()]
         checkpointing = config.model.gradient_checkpointing
         state = (t for name, t in optimizer.state_tensors().items() if not name.startswith("step."))  # on the host
         return RankNeeds(
@@ -193,9 +195,9 @@ def _needs(config: "TrainConfig", rank: int, ranks: int, work: Work) -> RankNeed
             parameters=sum(local(p).nbytes for p in parameters),
             gradients=sum(gradient_bytes(p, accumulating=work.micro_batches > 1) for p in parameters),
             optimizer=sum(local(tensor).nbytes for tensor in state),
-            gathered=gathered_bytes(model),
-            activations=activation_bytes(model, mesh, work, checkpointing),
-            sent=traffic(model, mesh, work, checkpointing),
+            gathered=sum(gathered_bytes(part, mesh) for part in parts),
+            activations=sum(activation_bytes(part, mesh, work, checkpointing) for part in parts),
+            sent=traffic(numbered, mesh, work, checkpointing),
             elements=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
         )

@@ -15,6 +15,10 @@ FAMILIES = [  # biases; a norm over each head, over all heads; norms after the M
     ("--mesh.tp 2 --model.gradient_checkpointing true", {"model_type": "olmo2"}),
     ("--mesh.tp 2 --model.gradient_checkpointing true", {"model_type": "gemma2", "head_dim": 16}),
     ("--mesh.tp 2 --mesh.dp_shard 2", {"model_type": "cohere", "tie_word_embeddings": True}),
+    (
+        "--mesh.pp 2 --mesh.dp_shard 2 --mesh.pp_schedule Interleaved1F1B",
+        {"model_type": "llama", "tie_word_embeddings": True},
+    ),
 ]
 
 

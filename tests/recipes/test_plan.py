@@ -55,9 +55,18 @@ def part(rows: int, place: int, ranks: int) -> int:
     return max(0, min(rows, (place + 1) * each) - min(rows, place * each))
 
 
-def elements(shape: str, tp: int, fsdp: int, rank: int) -> int:
-    """Of one rank's shards, from the shape alone: tensor parallelism first, then rows over FSDP."""
-    hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+def elements(shape: str, tp: int, fsdp: int, rank: int, layers: int | None = None, ends: int = 1) -> int:
+    """Of one rank's shards, from the shape alone: tensor parallelism first, then rows over FSDP.
+
+    Args:
+        shape: its name.
+        tp: ranks that cut rows or columns.
+        fsdp: ranks that cut what is left by rows.
+        rank: which one.
+        layers: of its stage; None: all.
+        ends: 1 with embeddings, head and last norm; 0 without; -1 with embeddings alone; -2 with head and norm.
+    """
+    hidden, inner, all_layers, heads, kv_heads, vocabulary = SHAPES[shape]
     at, place = rank % tp, rank // tp % fsdp
     width = hidden // heads
     by_rows = [((heads + 2 * kv_heads) * width, hidden), (2 * inner, hidden)]
@@ -65,8 +74,9 @@ def elements(shape: str, tp: int, fsdp: int, rank: int) -> int:
     layer = sum(part(part(rows, at, tp), place, fsdp) * columns for rows, columns in by_rows)
     layer += sum(part(rows, place, fsdp) * columns // tp for rows, columns in by_columns)
     layer += 2 * part(hidden, place, fsdp)
-    outside = 2 * part(part(vocabulary, at, tp), place, fsdp) * hidden + part(hidden, place, fsdp)
-    return layers * layer + outside
+    table, norm = part(part(vocabulary, at, tp), place, fsdp) * hidden, part(hidden, place, fsdp)
+    outside = {1: 2 * table + norm, 0: 0, -1: table, -2: table + norm}[ends]
+    return (all_layers if layers is None else layers) * layer + outside
 
 
 def assert_formula(found: Plan, shape: str, tp: int, fsdp: int, gradient: int = 2, optimizer: int = 10) -> None:
@@ -85,6 +95,27 @@ def test_shards_are_those_of_the_formula(tmp_path: Path) -> None:
     assert_formula(found, "8B", tp=4, fsdp=6)
     assert found.ranks[0].elements == 8_030_261_248
     assert (found.work.rows, found.work.micro_batches, found.work.global_tokens) == (1, 1, 6 * 4096)
+
+
+def assert_stages(found: Plan, shape: str, tp: int, fsdp: int) -> None:
+    """Every stage has a whole number of layers, all of them together the model's, and shards as the formula says."""
+    layer = elements(shape, 1, 1, 0, layers=1, ends=0)
+    total = 0
+    for needs in found.ranks:
+        ends = {0: -1, found.mesh.pp - 1: -2}.get(needs.stage, 0)
+        layers, rest = divmod(needs.elements - elements(shape, 1, 1, 0, layers=0, ends=ends), layer)
+        assert rest == 0
+        assert needs.parameters == 2 * elements(shape, tp, fsdp, needs.rank, layers, ends)
+        assert needs.optimizer == 5 * needs.parameters
+        assert needs.sent["pp"] > 0
+        total += layers
+    assert len(found.ranks) == 2 * found.mesh.pp  # the first and the last rank of each
+    assert total == 2 * SHAPES[shape][2]
+
+
+def test_stages_have_all_layers(tmp_path: Path) -> None:
+    words = ("--mesh.pp", "3", "--mesh.tp", "2", "--train.batch_size", "9", "--train.micro_batch_size", "1")
+    assert_stages(plan(config(tmp_path, "tiny", *words), 18), "tiny", tp=2, fsdp=3)
 
 
 def test_the_optimizer_is_the_configured_one(tmp_path: Path) -> None:
@@ -108,23 +139,21 @@ def test_adapters_alone_have_gradients_and_state(tmp_path: Path) -> None:
 def test_all_ranks_together_have_the_model(tmp_path: Path) -> None:
     """The norms of the layers, and the last one, are whole on both tensor-parallel ranks."""
     some = config(tmp_path, "tiny", "--model.dtype", "float32", "--mesh.tp", "2", "--train.batch_size", "3")
-    found = plan(some, 6)
-    ranks = list(in_processes(_needs, [(some, rank, 6, found.work) for rank in range(6)]))
+    ranks = list(in_processes(_needs, [(some, rank, 6) for rank in range(6)]))
     norms = 7 * 32
     assert sum(needs.parameters for needs in ranks) == 4 * (elements("tiny", 1, 1, 0) + norms)
     assert sum(needs.optimizer for needs in ranks) == 8 * (elements("tiny", 1, 1, 0) + norms)
     assert len({needs.parameters for needs in ranks}) > 1
 
 
-def misspelt(some: TrainConfig, found: Plan) -> RankNeeds:
+def misspelt(some: TrainConfig) -> RankNeeds:
     LlamaForCausalLM._tp_plan = {"lm_heed": "colwise_rep"}
-    return _needs(some, 0, 4, found.work)
+    return _needs(some, 0, 4)
 
 
 def test_a_misspelt_entry_of_the_plan_is_refused(tmp_path: Path) -> None:
-    some = config(tmp_path, "tiny", "--mesh.tp", "2")
     with pytest.raises(ValueError, match="lm_heed: matches no module"):
-        list(in_processes(misspelt, [(some, plan(some, 4))]))
+        list(in_processes(misspelt, [(config(tmp_path, "tiny", "--mesh.tp", "2"),)]))
 
 
 @pytest.mark.parametrize(
@@ -171,3 +200,9 @@ def test_thousands_of_ranks(shape: str, mesh: dict[str, int], ranks: int, tmp_pa
     words = [word for axis, size in mesh.items() for word in (f"--mesh.{axis}", str(size))]
     some: dict[str, Any] = {"tp": mesh["tp"], "fsdp": ranks // mesh["tp"] // mesh.get("dp_replicate", 1)}
     assert_formula(plan(config(tmp_path, shape, *words), ranks), shape, **some)
+
+
+@pytest.mark.slow
+def test_thousands_of_ranks_in_stages(tmp_path: Path) -> None:
+    words = ("--mesh.pp", "16", "--mesh.tp", "8", "--train.batch_size", "512", "--train.micro_batch_size", "1")
+    assert_stages(plan(config(tmp_path, "405B", *words), 4096), "405B", tp=8, fsdp=32)

@@ -95,9 +95,14 @@ class Mesh:
         self.__dict__.update(self.sizes)
         self.size = math.prod(self.sizes.values())
         self.device_type, self.sequence_parallel, self.cp_method = device_type, sequence_parallel, cp_method
-        rank, self.place = dist.get_rank() if self.size > 1 else 0, dict[str, int]()
+        self.place = self.place_of(dist.get_rank() if self.size > 1 else 0)
+
+    def place_of(self, rank: int) -> dict[str, int]:
+        """A rank's coordinate along each axis."""
+        place = {}
         for name in reversed(AXES):
-            rank, self.place[name] = divmod(rank, self.sizes[name])
+            rank, place[name] = divmod(rank, self.sizes[name])
+        return place
 
     @property
     def data(self) -> int:

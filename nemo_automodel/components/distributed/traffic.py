@@ -62,7 +62,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, mesh: Mesh):
         super().__init__()
         self.bytes: Counter[tuple[str, str]] = Counter()
-        whole = mesh.torch_mesh
+        self._mesh, whole = mesh, mesh.torch_mesh
         self._axes = {} if whole is None else {whole.get_group(n).group_name: n for n in whole.mesh_dim_names or ()}
         if mesh.cp_group is not None:
             self._axes[mesh.cp_group.group_name] = "cp"
@@ -86,11 +86,18 @@ class Traffic(TorchDispatchMode):
         size = max(t.nbytes for t in tensors)
         if name in ("allgather_", "alltoall_"):  # lists: the whole is in parts
             size = sum(t.nbytes for t in tree_leaves(args[0]))
-        axis = "numbers" if tensors[0].dtype == torch.float64 else self._axes.get(group.group_name, "other")
+        axis = self._axes.get(group.group_name) or self._crossed(dist.get_process_group_ranks(group))
+        if tensors[0].dtype == torch.float64 or size <= 8:  # pipeline ranks also say that they are there
+            axis = "numbers"
         count = sent(kind, size, group.size())
         if kind == "all-to-all" and (splits := [arg for arg in args if isinstance(arg, list) and _numbers(arg)]):
             count = size - size * splits[-1][group.rank()] // sum(splits[-1])  # what goes where, in parts of any size
         self.bytes[axis, kind] += count
+
+    def _crossed(self, ranks: list[int]) -> str:
+        """The axes along which ``ranks`` differ."""
+        places = [self._mesh.place_of(rank) for rank in ranks]
+        return ",".join(name for name in places[0] if len({place[name] for place in places}) > 1)
 
     def by_axis(self) -> dict[str, int]:
         """Axis -> bytes."""
