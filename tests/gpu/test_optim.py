@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.kernels import adamw as kernels
 from nemo_automodel.components.kernels.adamw import BLOCK, Hyper, Slot, adamw, adamw_reference
+from nemo_automodel.components.kernels.squares import sum_of_squares
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import LoRAConfig, apply_lora
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes.train import TrainConfig, train, train_step
 from nemo_automodel.recipes.transfer import Numbers
 from tests.components.kernels.test_adamw import BF16, FP32, HYPER, KINDS, bits, slot, state
+from tests.components.kernels.test_squares import exact, tensors
 from tests.conftest import tiny, tokens
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
 from tests.recipes.test_train import assert_nan_changes_nothing
@@ -52,6 +54,15 @@ def _on_gpu(one: Slot, offset: int) -> Slot:
         return torch.cat([value.new_zeros(offset), value]).cuda()[offset:]
 
     return Slot(**{name: moved(value) for name, value in vars(one).items()})
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_sums_of_squares(offset: int) -> None:
+    values = [value.cuda() for dtype in (FP32, BF16, torch.float16) for value in tensors(dtype, 0)]
+    values = [torch.cat([value.new_zeros(offset), value])[offset:] for value in values]
+    with no_waiting():
+        total = sum_of_squares(values)
+    torch.testing.assert_close(total, exact(values), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])

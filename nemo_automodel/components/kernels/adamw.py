@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nemo_automodel.components.kernels.launch import jit, tl, triton
 
-LANE = 1024
+LANE = 512
 """Elements that one word of each Philox call serves; a block of the kernel is four of them."""
 BLOCK = 4 * LANE
 
@@ -207,13 +207,13 @@ def launch(slots: Sequence[Slot], factor: Tensor, hyper: Hyper) -> None:
         ]
         for slot, start in zip(slots, starts, strict=False)
     ]
-    table = _to(torch.tensor(rows, dtype=torch.int64), factor.device)
-    scalars = _to(torch.tensor([hyper.scalars(slot) for slot in slots], dtype=torch.float32), factor.device)
+    table = queued(torch.tensor(rows, dtype=torch.int64), factor.device)
+    scalars = queued(torch.tensor([hyper.scalars(slot) for slot in slots], dtype=torch.float32), factor.device)
     with torch.cuda.device(factor.device if factor.is_cuda else -1):
         adamw_kernel[(starts[-1],)](
             table,
             scalars,
-            _owners(tuple(blocks), factor.device),
+            owners_of(tuple(blocks), factor.device),
             factor,
             *(hyper.beta2, 1 - hyper.beta1, 1 - hyper.beta2),
             HALF=first.parameter.dtype == torch.bfloat16,
@@ -224,7 +224,7 @@ def launch(slots: Sequence[Slot], factor: Tensor, hyper: Hyper) -> None:
             COLUMNS=_COLUMNS,
             SCALARS_COLUMNS=_SCALARS,
             LANE=LANE,
-            num_warps=8,  # four elements a thread: fp32 in 16 bytes, and 60 to 80 registers
+            num_warps=4,  # four elements a thread: fp32 in 16 bytes, and 60 to 90 registers
             enable_fp_fusion=False,  # bit for bit the reference
         )
 
@@ -242,13 +242,13 @@ def _kind(slot: Slot) -> tuple[object, ...]:
     return *(None if tensor is None else tensor.dtype for tensor in _tensors(slot)), _aligned(slot)
 
 
-@lru_cache(maxsize=8)  # the same in every step; 4 bytes per 4096 elements
-def _owners(blocks: tuple[int, ...], device: torch.device) -> Tensor:
+@lru_cache(maxsize=16)  # the same in every step; 4 bytes per block
+def owners_of(blocks: tuple[int, ...], device: torch.device) -> Tensor:
     owners = torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32), torch.tensor(blocks))
-    return _to(owners, device)
+    return queued(owners, device)
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
+def queued(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy that the host does not wait for: its pinned memory is given out again only once it is done."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -277,11 +277,11 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
         owner = tl.load(OWNERS + block)
         row, scalars = TABLE + owner * COLUMNS, SCALARS + owner * SCALARS_COLUMNS
         at = (block - tl.load(row + 6)) * (4 * LANE)  # int64
-        parameter = _pointer(tl.load(row), HALF, ALIGNED) + at
-        gradient = _pointer(tl.load(row + 1), HALF_GRADIENT, ALIGNED) + at
-        m = _pointer(tl.load(row + 2), HALF_MOMENTS, ALIGNED) + at
-        v = _pointer(tl.load(row + 3), HALF_MOMENTS, ALIGNED) + at
-        low = _pointer(tl.load(row + 4), True, ALIGNED) + at
+        parameter = pointer_to(tl.load(row), HALF, ALIGNED) + at
+        gradient = pointer_to(tl.load(row + 1), HALF_GRADIENT, ALIGNED) + at
+        m = pointer_to(tl.load(row + 2), HALF_MOMENTS, ALIGNED) + at
+        v = pointer_to(tl.load(row + 3), HALF_MOMENTS, ALIGNED) + at
+        low = pointer_to(tl.load(row + 4), True, ALIGNED) + at
         pointers = (parameter, gradient, m, v, low)
         decay, size, eps = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
         numbers = (factor, decay, size, eps, beta2, rest1, rest2)
@@ -321,10 +321,10 @@ def _lane(  # type: ignore[no-untyped-def]
 ):
     factor, decay, size, eps, beta2, rest1, rest2 = numbers
     at = number * LANE + tl.arange(0, LANE)
-    weight = _load(pointers[0], at, left, HALF, MASKED)
-    gradient = _load(pointers[1], at, left, HALF_GRADIENT, MASKED) * factor
-    m = _load(pointers[2], at, left, HALF_MOMENTS, MASKED)
-    v = _load(pointers[3], at, left, HALF_MOMENTS, MASKED)
+    weight = load_as_float(pointers[0], at, left, HALF, MASKED)
+    gradient = load_as_float(pointers[1], at, left, HALF_GRADIENT, MASKED) * factor
+    m = load_as_float(pointers[2], at, left, HALF_MOMENTS, MASKED)
+    v = load_as_float(pointers[3], at, left, HALF_MOMENTS, MASKED)
     if LOW:
         bits = weight.to(tl.int32, bitcast=True) + _read(pointers[4], at, left, MASKED).to(tl.int32)
         weight = bits.to(tl.float32, bitcast=True)
@@ -344,7 +344,7 @@ def _lane(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _pointer(address, HALF: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def pointer_to(address, HALF: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     pointer = address.to(tl.pointer_type(tl.int16 if HALF else tl.float32))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -367,7 +367,7 @@ def _write(pointer, at, left, values, MASKED: tl.constexpr):  # type: ignore[no-
 
 
 @jit
-def _load(pointer, at, left, HALF: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_as_float(pointer, at, left, HALF: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     values = _read(pointer, at, left, MASKED)
     if HALF:
         values = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)

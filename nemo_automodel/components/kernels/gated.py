@@ -19,7 +19,7 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 BLOCK = 1024
 TILE = (16, 64, 2)
 """Rows, pairs and warps of the backward kernel that takes adapters' products on its way (16 rows are the least)."""
-STRETCH = 256
+STRETCH = 512
 """Rows that one of those programs goes through, adding up."""
 HIGH_RANK = 128
 """Above it the products' operands are too much for a program."""
@@ -110,16 +110,24 @@ def gated_low_rank_backward_kernel(  # type: ignore[no-untyped-def]
     r = tl.arange(0, RANK)
     right = tl.load(RIGHT + r[:, None] * right_stride + cols, mask=(r[:, None] < rank) & (cols < width), other=0.0)
     sums = tl.zeros((RANK, BLOCK), dtype=tl.float32)
-    for start in range(0, STRETCH, ROWS):
-        row = (tl.program_id(1) * STRETCH + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        two, one = (row < count) & (pairs < 2 * width), (row < count) & (cols < width)
-        both = tl.load(GATE_UP + row * in_stride + pairs, mask=two, other=0.0)
-        grad = tl.load(GRAD + row * grad_stride + cols, mask=one, other=0.0).to(tl.float32)
-        left = tl.load(LEFT + row * left_stride + r[None, :], mask=(row < count) & (r[None, :] < rank), other=0.0)
+    row = (tl.program_id(1) * STRETCH + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    stop = tl.minimum(count, (tl.program_id(1) + 1) * STRETCH)
+    there = row < stop
+    both = tl.load(GATE_UP + row * in_stride + pairs, mask=there & (pairs < 2 * width), other=0.0)
+    grad = tl.load(GRAD + row * grad_stride + cols, mask=there & (cols < width), other=0.0)
+    left = tl.load(LEFT + row * left_stride + r[None, :], mask=there & (r[None, :] < rank), other=0.0)
+    for _ in range(0, STRETCH, ROWS):
+        # the next rows are on their way while these are computed
+        after = row + ROWS
+        there = after < stop
+        next_both = tl.load(GATE_UP + after * in_stride + pairs, mask=there & (pairs < 2 * width), other=0.0)
+        next_grad = tl.load(GRAD + after * grad_stride + cols, mask=there & (cols < width), other=0.0)
+        next_left = tl.load(LEFT + after * left_stride + r[None, :], mask=there & (r[None, :] < rank), other=0.0)
         gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
         gate, up = gate.to(tl.float32), up.to(tl.float32)
         active, slope = _activated(gate, KIND)
         out = (active * up).to(GATE_UP.dtype.element_ty)
+        grad = grad.to(tl.float32)
         if WIDE:  # interpreted, where bit patterns would be multiplied
             grad += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
             sums += tl.dot(tl.trans(left).to(tl.float32), out.to(tl.float32), input_precision="ieee")
@@ -127,7 +135,9 @@ def gated_low_rank_backward_kernel(  # type: ignore[no-untyped-def]
             grad += tl.dot(left, right, input_precision="ieee")
             sums = tl.dot(tl.trans(left), out, sums, input_precision="ieee")
         grads = tl.reshape(tl.join(grad * up * slope, grad * active), (ROWS, 2 * BLOCK))
-        tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=two)
+        inside = (row < stop) & (pairs < 2 * width)
+        tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=inside)
+        row, both, grad, left = after, next_both, next_grad, next_left
     at = (tl.program_id(1) * rank + r[:, None]).to(tl.int64) * width + cols
     tl.store(SUMS + at, sums, mask=(r[:, None] < rank) & (cols < width))
 

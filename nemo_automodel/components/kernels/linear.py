@@ -215,15 +215,12 @@ class _Linear(torch.autograd.Function):
         flat = rows(total if source is None else source)
         grad_x = grad_t = x = of_a = cast("Any", None)
         if low_rank is not None:
-            # not where x is no recipe: its gradient, whose rows lie apart, would go elsewhere than to our own kernels
-            if low_rank.joined is not None and recipe is not None:
-                if low_rank.writes != ctx.writes:  # another forward pass wrote other adapters
-                    _packed(low_rank, grad, weight, parameters)
-                both = grad @ low_rank.joined
-                grad_x, grad_t = both[:, :width], both[:, width:]
+            if low_rank.writes != ctx.writes or low_rank.joined is None:  # another forward pass wrote other adapters
+                _, b = _packed(low_rank, grad, weight, parameters)
             else:
-                grad_x = _base_gradient(grad, weight, low_rank.scale)
-                grad_t = grad @ _packed(low_rank, grad, weight, parameters)[1]
+                b = low_rank.joined[:, width:]
+            # not where x is no recipe: its gradient, whose rows lie apart, would go elsewhere than to our own kernels
+            grad_x, grad_t = _both_gradients(grad, weight, b, low_rank, together=recipe is not None)
         elif with_source:
             grad_x = grad @ weight
 
@@ -250,7 +247,7 @@ class _Linear(torch.autograd.Function):
         if low_rank is not None:
             columns, offset = None, 0.0
             if isinstance(recipe, tuple):  # (total * rstd * weight)^T grad_t, without making the norm again
-                of_a = _in_fp32((grad_t * rstd[:, None]).to(grad_t.dtype).t(), flat)
+                of_a = _in_fp32(torch.mul(grad_t, rstd[:, None], out=torch.empty_like(grad_t)).t(), flat)
                 columns, offset = norm_weight, recipe[1]
             elif recipe is None:
                 of_a = grad_t.t() @ x
@@ -278,6 +275,16 @@ def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor
     if scale is None:
         return grad @ weight
     return product(*quantized(grad, scale.squeeze(1)), transposed(weight), None, grad.dtype)
+
+
+def _both_gradients(
+    grad: Tensor, weight: Tensor, b: Tensor, low_rank: LowRank, together: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the input and of ``t``; by one product, with rows apart, if ``together`` is wanted and can be."""
+    if low_rank.joined is None or not together:
+        return _base_gradient(grad, weight, low_rank.scale), grad @ b
+    both, width = grad @ low_rank.joined, weight.shape[1]
+    return both[:, :width], both[:, width:]
 
 
 def _in_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.kernels.adamw import Hyper, Slot, adamw, join
+from nemo_automodel.components.kernels.squares import sum_of_squares
 from nemo_automodel.components.together import Together
 
 
@@ -180,8 +181,7 @@ class MasterAdamW:
             copies = self._ranks / _shards(gradient) * (dist.get_world_size(g) if (g := self._shared.get(name)) else 1)
             by_kind.setdefault((gradient.dtype, copies), []).append(_local(gradient))
         for (_, copies), alike in by_kind.items():
-            norms = torch._foreach_norm(alike, 2, dtype=torch.float32)
-            squares += torch.stack(norms).double().square().sum() / copies
+            squares += sum_of_squares(alike) / copies
         return Together().add(squares).sqrt().float()
 
     def master(self, name: str) -> Tensor:
