@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import jit, power_of_two, rows, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import fp32, jit, power_of_two, rows, runs_on, tl, wrapped
 
 WIDEST = 65536
 """Channels of a row that one program can hold."""
@@ -46,7 +46,8 @@ def add_norm(
     Returns:
         The sum; the norm; the root mean squares' inverses, fp32 ``[rows]``, None from the reference.
     """
-    if runs_on(residual, branch, weight) and residual.shape[-1] <= WIDEST:
+    # asked as the kernel asks it: where shapes are dynamic, this number is not, and dynamo must know before it goes on
+    if runs_on(residual, branch, weight) and power_of_two(residual.shape[-1]) <= WIDEST:
         total, normed, rstd = _AddNorm.apply(residual, branch, weight, eps, offset, room)
         return total, normed, rstd
     return *add_norm_reference(residual, branch, weight, eps, offset), None
@@ -58,6 +59,7 @@ def add_norm_forward_kernel(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    eps, offset = fp32(eps), fp32(offset)
     cols = tl.arange(0, BLOCK)
     inside = cols < n
     x = tl.load(X + row * x_stride + cols, mask=inside, other=0.0)
@@ -82,7 +84,7 @@ def add_norm_backward_kernel(  # type: ignore[no-untyped-def]
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
     inside = cols < n
-    weight = tl.load(WEIGHT + cols, mask=inside, other=0.0).to(tl.float32) + offset
+    weight = tl.load(WEIGHT + cols, mask=inside, other=0.0).to(tl.float32) + fp32(offset)
     grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
     row = program.to(tl.int64)
     while row < count:

@@ -64,6 +64,12 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
+@jit
+def fp32(number):  # type: ignore[no-untyped-def]
+    """A kernel's scalar argument in fp32, as Triton passes it; Inductor makes it fp64, and all that it touches."""
+    return tl.cast(number, tl.float32)
+
+
 def power_of_two(n: int) -> int:
     """The least one that is not below ``n``."""
     return 1 << max(0, n - 1).bit_length()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import jit, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import fp32, jit, runs_on, tl, wrapped
 
 IGNORE = -100
 """Label of a token that is not to be predicted."""
@@ -134,7 +134,7 @@ def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
     LOGITS, TARGETS, MAXIMUM, SUM, AT_TARGET, stride, first, whole, multiplier, softcap,
     V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, multiplier, softcap = tl.program_id(0).to(tl.int64), fp32(multiplier), fp32(softcap)
     highest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, V, BLOCK):
@@ -165,7 +165,7 @@ def cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
     LOGITS, TARGETS, LSE, stride, first, multiplier, softcap,
     V: tl.constexpr, CAP: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, multiplier, softcap = tl.program_id(0).to(tl.int64), fp32(multiplier), fp32(softcap)
     target = tl.load(TARGETS + row)
     lse = tl.load(LSE + row)
     counted = target != IGNORE

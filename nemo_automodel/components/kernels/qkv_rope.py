@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import jit, power_of_two, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import fp32, jit, power_of_two, runs_on, tl, wrapped
 
 TOKENS, WARPS = 4, 1
 """Tokens per program, of one head of 128 channels or more; of narrower ones more."""
@@ -114,7 +114,7 @@ def qkv_rope_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915 (both ways
 
     Programs take TOKENS tokens in turn; with WITH_WEIGHT each adds up its share of the norm weight's gradient.
     """
-    head = tl.program_id(1)
+    head, eps, offset = tl.program_id(1), fp32(eps), fp32(offset)
     kv_head, place = head // (GROUP + 2), head % (GROUP + 2)
     if place < GROUP:
         part, W = Q, Q_WEIGHT
