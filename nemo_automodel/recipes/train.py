@@ -19,7 +19,7 @@ from nemo_automodel.components.checkpoint.training_state import (
     restore_random_state,
 )
 from nemo_automodel.components.data import Audit, BatchStream, DataConfig, build_dataset
-from nemo_automodel.components.distributed import Mesh, MeshConfig, diverged, join_ranks, saved_name
+from nemo_automodel.components.distributed import Mesh, MeshConfig, Pipeline, diverged, join_ranks, saved_name
 from nemo_automodel.components.metrics import MetricsLog, peak_memory_gb, plot_loss
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.optim import OptimConfig
@@ -308,7 +308,8 @@ class Run:
         every = self.config.train.check_replicas_every
         if self.mesh.size == 1 or every is None or (step > self.done + 3 and step % every):
             return
-        unlike = diverged(self.optimizer.parameters, self.mesh)
+        shared = self.trained.shared if isinstance(self.trained, Pipeline) else None
+        unlike = diverged(self.optimizer.parameters, self.mesh, shared)
         if self.together.any(bool(unlike)):
             names = ", ".join(f"{name} (along {axes})" for name, axes in list(unlike.items())[:8])
             raise TrainingError(

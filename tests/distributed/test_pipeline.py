@@ -2,12 +2,14 @@
 
 import json
 from contextlib import nullcontext
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import CohereConfig, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig
 
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.distributed import MeshConfig
@@ -18,9 +20,11 @@ from nemo_automodel.components.distributed.stages import (
     takes_micro_batches,
 )
 from nemo_automodel.components.elsewhere import Elsewhere
+from nemo_automodel.components.loss import next_token_loss
 from nemo_automodel.config import load_config
+from nemo_automodel.recipes.step import compute_stage
 from nemo_automodel.recipes.train import Run, TrainConfig, train
-from tests.conftest import tiny
+from tests.conftest import randomize, tiny
 from tests.distributed.equality import options_of, words_of
 from tests.distributed.ranks import run_ranks
 
@@ -84,6 +88,31 @@ def test_a_stage_has_its_layers_under_their_names_and_a_plan_must_fit() -> None:
 
 
 STEPS = 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (GraniteConfig, {"embedding_multiplier": 12.0, "logits_scaling": 8.0}),
+        (Gemma2Config, {"final_logit_softcapping": 3.0}),
+        (Gemma3TextConfig, {"tie_word_embeddings": True}),
+        (CohereConfig, {"logit_scale": 0.25}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_stages_one_behind_the_other_are_the_model(kind: Any, changes: dict[str, Any]) -> None:
+    """Multipliers, caps and embeddings' scales belong to one stage each."""
+    architecture = kind.__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"
+    config = tiny(kind, num_hidden_layers=3, pad_token_id=0, architectures=[architecture], **changes)
+    whole = randomize(NeMoAutoModelForCausalLM.from_config(config)).eval()
+    ids = torch.arange(12)[None]
+    passed: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    for stage in range(3):
+        part = deepcopy(whole)
+        keep_stage(part, stage, 3)
+        made = compute_stage(part, passed)
+        passed = {**passed, "input_ids": made}
+    assert torch.equal(made, next_token_loss(whole, {"input_ids": ids, "labels": ids}))
 
 
 def _train_until(words: list[str], stop: int) -> None:

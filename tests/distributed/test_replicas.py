@@ -61,13 +61,13 @@ def test_what_drifted_is_named_with_its_axis() -> None:
         assert results[3][which] == {name: "dp_replicate" if cut else "dp_replicate, tp"}
 
 
-def _drifts(words: list[str]) -> str:
+def _drifts(words: list[str], name: str) -> str:
     step = MasterAdamW.step
 
     def drifting(self: MasterAdamW, lr: float) -> torch.Tensor:
         norm = step(self, lr)
         with torch.no_grad():
-            self.parameters["model.norm.weight"][0] += 1e-6 * dist.get_rank()
+            self.parameters[name].view(-1)[0] += 1e-6 * dist.get_rank()
         return norm
 
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +77,8 @@ def _drifts(words: list[str]) -> str:
     return str(raised.value)
 
 
-def test_a_training_whose_copies_drift_stops_at_once(tmp_path: Path) -> None:
-    options = options_of(tmp_path, "llama", True, output_dir=tmp_path / "run", mesh__tp=2)
-    for message in run_ranks(2, _drifts, words_of(options)):
-        assert message.startswith("step 1: ranks no longer hold the same model.norm.weight (along tp)")
+@pytest.mark.parametrize(("axis", "name"), [("tp", "model.norm.weight"), ("pp", "model.embed_tokens.weight")])
+def test_a_training_whose_copies_drift_stops_at_once(axis: str, name: str, tmp_path: Path) -> None:
+    options = options_of(tmp_path, "llama", True, **{"output_dir": tmp_path / "run", f"mesh.{axis}": 2})
+    for message in run_ranks(2, _drifts, words_of(options), name):
+        assert message.startswith(f"step 1: ranks no longer hold the same {name} (along {axis})")

@@ -21,6 +21,9 @@ from tests.distributed.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
+MESHES: list[dict[str, Any]] = [{"cp": 2}, {"tp": 2}, {"dp_shard": 2}, {"dp_replicate": 2}]
+SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
+PIPELINES: list[dict[str, Any]] = [{"pp": 2, "pp_schedule": schedule} for schedule in SCHEDULES]
 PACKED = {"data__packing": "true", "data__max_length": 96}
 
 
@@ -44,8 +47,8 @@ def _train(folder: Path, mesh: dict[str, Any], **options: Any) -> None:
     run_ranks(2, _through_nccl, folder, record, words, folder / "tensors", timeout=300)
 
 
-@pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"dp_shard": 2}, {"dp_replicate": 2}], ids=str)
-def test_two_gpus_train_what_one_trains(mesh: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [*MESHES, *PIPELINES], ids=str)
+def test_two_gpus_train_what_one_trains(mesh: dict[str, Any], tmp_path: Path) -> None:
     _train(tmp_path, mesh, model__dtype="float32", model__backend__kernels="torch", **PACKED)
     found = differences(tmp_path / "one-tensors", tmp_path / "tensors")
     worst = max(found, key=lambda name: found[name])

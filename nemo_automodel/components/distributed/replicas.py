@@ -1,6 +1,6 @@
 """Whether ranks that should hold the same numbers still do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,26 +16,36 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = -7046029254386353131  # 2^64 over the golden ratio: neighbouring places get factors that are far apart
 
 
-def diverged(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, str]:
+def diverged(
+    tensors: Mapping[str, Tensor], mesh: Mesh, shared: Mapping[str, dist.ProcessGroup] | None = None
+) -> dict[str, str]:
     """Names of tensors that differ between ranks that hold copies -> the axes of the mesh along which they do.
 
     Args:
         tensors: the same names in the same order on every rank of a pipeline stage, all of which call this; plain
             (copies everywhere) or DTensors (copies along the axes that do not cut them).
         mesh: of all ranks.
+        shared: of those that two pipeline stages have, name -> the ranks with one copy each.
     """
     found: dict[str, str] = {}
     for axis in ("dp_replicate", "fsdp", "tp"):
         copies = [name for name, tensor in tensors.items() if not _cut_along(tensor, axis)]
         if (ranks := mesh.axis(axis)) is None or not copies:
             continue
-        low = torch.stack([fingerprint(tensors[name]) for name in copies])
-        high = low.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN, ranks.get_group())
-        dist.all_reduce(high, dist.ReduceOp.MAX, ranks.get_group())
-        for name in (name for name, differs in zip(copies, (low != high).tolist(), strict=True) if differs):
+        for name in _unlike(tensors, copies, ranks.get_group()):
             found[name] = f"{found[name]}, {axis}" if name in found else axis
+    for name, group in (shared or {}).items():
+        if _unlike(tensors, [name], group):
+            found[name] = f"{found[name]}, pp" if name in found else "pp"
     return found
+
+
+def _unlike(tensors: Mapping[str, Tensor], names: Sequence[str], group: dist.ProcessGroup) -> list[str]:
+    low = torch.stack([fingerprint(tensors[name]) for name in names])
+    high = low.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group)
+    return [name for name, differs in zip(names, (low != high).tolist(), strict=True) if differs]
 
 
 @torch.no_grad()
