@@ -55,7 +55,7 @@ def test_meshes_are_parsed(text: str, axes: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fsdp=2,pp=2", "pp is not built yet"),
+        ("fsdp=2,pp=2", "stages are not checked here"),
         ("cp=8", "cp=8 but 4 KV heads: cp must divide them"),
         ("tp=2,cp=4", "cp=4 but 2 KV heads with tp=2"),
         ("tp=8", "tp=8 but 4 KV heads: tp must divide them"),
@@ -80,7 +80,7 @@ def test_an_mlp_that_does_not_divide_is_refused() -> None:
 
 def test_a_bad_mesh_is_refused_before_anything_runs() -> None:
     started: list[Any] = []
-    with pytest.raises(ValueError, match="pp is not built yet"):
+    with pytest.raises(ValueError, match="stages are not checked here"):
         verify(Target.of(LlamaForCausalLM, LLAMA), meshes=["tp=2", "pp=2"], on_start=started.append)
     assert not started
 

@@ -171,7 +171,7 @@ def parallelize_tensors(
         modules[head].weight = modules[embedding].weight
     if layers:
         first, *_, last = [*layers.values(), *layers.values()]
-        first.register_forward_pre_hook(partial(_cut_along_sequence, mesh))
+        first.register_forward_pre_hook(partial(_cut_along_sequence, mesh), with_kwargs=True)
         last.register_forward_hook(lambda _, args, output: _moved(output, mesh, SEQUENCE, WHOLE))
 
 
@@ -214,18 +214,17 @@ def _others_with_parameters(
             yield name
 
 
-def _cut_along_sequence(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not args:
-        raise ValueError(
-            f"sequence parallelism takes models that pass hidden states to {type(layer).__name__} by position; set "
-            "mesh.sequence_parallel=false"
-        )
-    if (tokens := args[0].shape[1]) % mesh.size():
+def _cut_along_sequence(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The arguments of the first layer, hidden states (the first of them) being this rank's part."""
+    name = None if args else next(iter(options))
+    whole = args[0] if name is None else options[name]
+    if (tokens := whole.shape[1]) % mesh.size():
         raise ValueError(
             f"sequence parallelism over {mesh.size()} ranks takes sequences of a multiple of that many tokens, and "
             f"this one has {tokens}; pad it, or set mesh.sequence_parallel=false"
         )
-    return _moved(args[0], mesh, WHOLE, SEQUENCE), *args[1:]
+    part = _moved(whole, mesh, WHOLE, SEQUENCE)
+    return ((part, *args[1:]), options) if name is None else (args, {**options, name: part})
 
 
 def _moved(
