@@ -437,6 +437,32 @@ def test_a_bf16_model_is_no_further_from_float64_than_with_torch(
         assert means[f"{name}, loss"] < 1e-3
 
 
+class _Apart(torch.autograd.Function):
+    """The identity, whose gradient has its rows apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        wide = grad.new_full((*grad.shape[:-1], grad.shape[-1] + 8), 7.0)
+        wide[..., :-8] = grad
+        return wide[..., :-8]
+
+
+def test_attention_takes_gradients_however_they_lie() -> None:
+    """cuDNN's backward pass would read them as if they lay as the output does."""
+    model = _models(0, None)["kernels"]
+    expected = _step(model, 0)
+    for layer in model.model.layers:
+        project = layer.self_attn.o_proj.forward
+        layer.self_attn.o_proj.forward = lambda x, project=project: project(_Apart.apply(x))
+    actual = _step(model, 0)
+    for name, value in expected.items():  # the embedding's gradient is summed by atomics in any order
+        assert distance(actual[name], value) < 2**-8, name
+
+
 def test_everything_of_the_model_is_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
     model = _models(0, ADAPTERS["all"])["joined"]

@@ -20,7 +20,7 @@ from nemo_automodel.components.models.common import (
 )
 from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.llama import LlamaForCausalLM
-from tests.conftest import tiny
+from tests.conftest import tiny, tokens
 
 DEFAULTS = {"attn": "sdpa", "linear": "torch", "rms_norm": "torch", "rope_fusion": False, "kernels": "auto"}
 TE = ("attn", "linear", "rms_norm", "rope_fusion")
@@ -162,3 +162,17 @@ def test_linear_and_norm_defaults_and_refusals():
         initialize_linear_module("fp8", 8, 6)
     with pytest.raises(ValueError, match="rms_norm_impl='layer'"):
         initialize_rms_norm_module("layer", 8)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_layer_compiles_into_one_graph(attn):
+    model = NeMoAutoModelForCausalLM.from_config(tiny(attn=attn)).train()
+    ids = tokens(2, 7)
+    gradients = []
+    for compiled in (False, True):
+        model.zero_grad()
+        for layer in model.model.layers if compiled else ():
+            layer.compile(fullgraph=True, backend="eager")
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(*gradients)

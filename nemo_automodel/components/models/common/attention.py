@@ -80,6 +80,8 @@ SDPA_ORDER = [
 
 def _fastest_sdpa(query: Tensor, attention_mask: Tensor | None) -> AbstractContextManager[None]:
     """cuDNN's attention first, where sdpa is causal and without a mask, in half precision on a GPU."""
+    if torch.compiler.is_compiling():  # which cannot trace the questions below
+        return nullcontext()
     flags = torch.backends.cuda
     all_on = all(  # somebody's own choice stays
         (
@@ -90,7 +92,7 @@ def _fastest_sdpa(query: Tensor, attention_mask: Tensor | None) -> AbstractConte
         )
     )
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if not (query.is_cuda and half and attention_mask is None and all_on) or torch.compiler.is_compiling():
+    if not (query.is_cuda and half and attention_mask is None and all_on):
         return nullcontext()
     return sdpa_kernel(SDPA_ORDER, set_priority=True)
 
@@ -174,7 +176,7 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         with _fastest_sdpa(query, attention_mask):
             output, weights = self._attend(query, key, value, attention_mask, position_ids, **kwargs)
         output = output.flatten(2).contiguous()
-        if output.requires_grad:
+        if output.requires_grad and not torch.compiler.is_compiling():
             # torch 2.11's backward pass through cuDNN takes this gradient's rows to lie as the output's do, unasked
             output.register_hook(Tensor.contiguous)
         return self.o_proj(output), weights
