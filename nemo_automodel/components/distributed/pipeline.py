@@ -13,10 +13,10 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from nemo_automodel.components.distributed.mesh import Mesh
 from nemo_automodel.components.distributed.stages import SINGLE, ZERO_BUBBLE
+from nemo_automodel.components.together import Together
 
 Compute = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """A stage and its micro-batch, with hidden states where ids would be, -> hidden states, or the loss of the last."""
-
 
 _FORWARD = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
 """torch's actions of a schedule that have nothing to do with gradients."""
@@ -69,11 +69,9 @@ class Pipeline:
         self.parts = list(parts.values())
         self._numbers, self._stages, self._group = list(parts), stages, axis.get_group()
         self._schedule, self._compute = schedule, compute
-        self._device = (
-            torch.device(mesh.device_type, torch.cuda.current_device())
-            if mesh.device_type == "cuda"
-            else (torch.device(mesh.device_type))
-        )
+        self._device = torch.device(mesh.device_type)
+        if mesh.device_type == "cuda":
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._ready: dict[tuple[Any, ...], tuple[list[_Stage], Any]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -85,9 +83,12 @@ class Pipeline:
                     parameter.register_post_accumulate_grad_hook(_handing_over(self.parameters[name]))
                 elif parameter.requires_grad:
                     self.parameters[name] = parameter
-        ends = _ends(mesh) if schedule != "ZBVZeroBubble" else None  # there both ends are on one rank
         tied = {name for part in self.parts for name in getattr(part, "split_ties", {}).values()}
-        self.shared = {name: ends for name in tied & self.parameters.keys() if ends is not None}
+        tied &= self.parameters.keys()
+        # no ranks in between know of ties, and all make the groups together; both ends of a V are on one rank
+        apart = Together().any(bool(tied)) and schedule != "ZBVZeroBubble"
+        ends = _ends(mesh) if apart else None
+        self.shared = {name: ends for name in tied if ends is not None}
 
     def train_step(self, batches: Sequence[Mapping[str, Any]], factor: float) -> Tensor:
         """Forward and backward passes of all micro-batches; gradients are of the losses times ``factor``.
