@@ -3,6 +3,7 @@
     python benchmarks/convergence.py                                              # 100M shapes, on a GPU
     python benchmarks/convergence.py --variant optim.moments=bfloat16 --variant backend.attn=flex
     python benchmarks/convergence.py --tiny                                       # on a CPU
+    python benchmarks/convergence.py --tiny --variant model.float8=rowwise        # there, emulated in fp32
 
 Two random models (seeds 0 and 1) are each trained on the same data in every variant, from the same weights: by
 transformers in fp32 with eager attention (the reference), by transformers in bf16 with torch's AdamW on the bf16
@@ -18,7 +19,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from nemo_automodel.components.float8_training import to_float8
 from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.recipes.bench_variant import BenchConfig, bench_config, our_job
 from nemo_automodel.recipes.building import pick_device
@@ -128,7 +130,12 @@ def our_config(folder: Path, size: Size, optim: OptimConfig, overrides: Sequence
 
 
 def our_curve(config: BenchConfig, batches: Sequence[Tensor], device: torch.device) -> list[float]:
+    recipe = config.model.float8
+    if emulated := recipe != "off" and device.type == "cpu":
+        config = replace(config, model=replace(config.model, float8="off"))
     job = our_job(config, device)
+    if emulated:
+        to_float8(job.model, recipe, emulate=True)
     losses = []
     for number, ids in enumerate(batches):
         loss = job.step({"input_ids": ids, "labels": ids}, config.optim.lr_at(number, len(batches)))

@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nemo_automodel.components.kernels.adamw import queued
 from nemo_automodel.components.kernels.launch import jit, tl
 
 BLOCK = 2048
@@ -54,10 +55,10 @@ def pack(parameters: Sequence[Tensor], places: Sequence[Place], all_a: Tensor, a
         all_a: every element is written.
         all_b: where no parameter has its place, it stays as it is.
     """
-    addresses = tuple(parameter.data_ptr() for parameter in parameters)
-    table, scales, owners = _table(tuple(places), addresses, all_b.device)
+    table, scales, owners = _table(tuple(places), all_b.device)
+    addresses = _addresses(tuple(parameter.data_ptr() for parameter in parameters), all_b.device)
     low_rank_pack_kernel[(len(owners),)](
-        table, scales, owners, all_a, all_b, all_a.stride(0), all_b.stride(0), BLOCK=BLOCK, num_warps=4
+        addresses, table, scales, owners, all_a, all_b, all_a.stride(0), all_b.stride(0), BLOCK=BLOCK, num_warps=4
     )
 
 
@@ -74,7 +75,7 @@ def unpack(
         offset: as said.
         like: has the dtype of the gradients, which share one piece of memory.
     """
-    table, scales, owners = _table(tuple(places), (0,) * len(places), all_b.device)
+    table, scales, owners = _table(tuple(places), all_b.device)
     sizes = [place.rows * place.columns for place in places]
     whole = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
     low_rank_unpack_kernel[(len(owners),)](
@@ -85,40 +86,47 @@ def unpack(
 
 
 # A row of the table: elements (0), first program (1), first element of all (2), columns (3), block (4), group (5),
-# start (6), column (7), is_b (8), address (9). OWNERS: each program's row.
+# start (6), column (7), is_b (8). OWNERS: each program's row. Nothing here waits for the device.
 
 
-@lru_cache(maxsize=4096)  # the same in every step, for parameters stay where they are
-def _table(places: tuple[Place, ...], addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+@lru_cache(maxsize=4096)  # the same in every step, unless FSDP gathers parameters elsewhere
+def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return queued(torch.tensor(addresses, dtype=torch.int64), device)
+
+
+@lru_cache(maxsize=4096)
+def _table(places: tuple[Place, ...], device: torch.device) -> tuple[Tensor, ...]:
     sizes = [place.rows * place.columns for place in places]
     programs = [-(-size // BLOCK) for size in sizes]
     firsts, elements = accumulate(programs, initial=0), accumulate(sizes, initial=0)
     table = [
-        [size, first, element, p.columns, p.block, p.group, p.start, p.column, int(p.is_b), address]
-        for p, size, first, element, address in zip(places, sizes, firsts, elements, addresses, strict=False)
+        [size, first, element, p.columns, p.block, p.group, p.start, p.column, int(p.is_b)]
+        for p, size, first, element in zip(places, sizes, firsts, elements, strict=False)
     ]
     owners = torch.repeat_interleave(torch.arange(len(places), dtype=torch.int32), torch.tensor(programs))
     scales = torch.tensor([place.scale for place in places], dtype=torch.float32)
-    return torch.tensor(table, dtype=torch.int64).to(device), scales.to(device), owners.to(device)
+    return queued(torch.tensor(table, dtype=torch.int64), device), queued(scales, device), queued(owners, device)
 
 
 @jit
 def _place(TABLE, SCALES, OWNERS, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The row of the table, elements of the parameter, which of them there are; row and column of their place."""
     owner = tl.load(OWNERS + tl.program_id(0))
-    entry = TABLE + owner * 10
+    entry = TABLE + owner * 9
     first, width, block = tl.load(entry + 1).to(tl.int32), tl.load(entry + 3).to(tl.int32), tl.load(entry + 4)
     at = (tl.program_id(0) - first) * BLOCK + tl.arange(0, BLOCK)
     line, column = at // width, at % width + tl.load(entry + 7)
     block = block.to(tl.int32)
     row = (line // block).to(tl.int64) * tl.load(entry + 5) + tl.load(entry + 6) + line % block
-    return entry, tl.load(SCALES + owner), at, at < tl.load(entry), row, column
+    return owner, entry, tl.load(SCALES + owner), at, at < tl.load(entry), row, column
 
 
 @jit
-def low_rank_pack_kernel(TABLE, SCALES, OWNERS, ALL_A, ALL_B, a_stride, b_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    entry, scale, at, inside, row, column = _place(TABLE, SCALES, OWNERS, BLOCK)
-    source = tl.load(entry + 9).to(tl.pointer_type(ALL_A.dtype.element_ty))
+def low_rank_pack_kernel(  # type: ignore[no-untyped-def]
+    ADDRESSES, TABLE, SCALES, OWNERS, ALL_A, ALL_B, a_stride, b_stride, BLOCK: tl.constexpr
+):
+    owner, entry, scale, at, inside, row, column = _place(TABLE, SCALES, OWNERS, BLOCK)
+    source = tl.load(ADDRESSES + owner).to(tl.pointer_type(ALL_A.dtype.element_ty))
     value = (tl.load(source + at, mask=inside, other=0.0).to(tl.float32) * scale).to(ALL_A.dtype.element_ty)
     if tl.load(entry + 8) == 1:
         tl.store(ALL_B + row * b_stride + column, value, mask=inside)
@@ -131,7 +139,7 @@ def low_rank_unpack_kernel(  # type: ignore[no-untyped-def]
     TABLE, SCALES, OWNERS, ALL_A, ALL_B, COLUMNS, WHOLE, a_stride, b_stride, offset,
     WITH_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    entry, scale, at, inside, row, column = _place(TABLE, SCALES, OWNERS, BLOCK)
+    _, entry, scale, at, inside, row, column = _place(TABLE, SCALES, OWNERS, BLOCK)
     if tl.load(entry + 8) == 1:
         value = tl.load(ALL_B + row * b_stride + column, mask=inside, other=0.0).to(tl.float32)
     else:
