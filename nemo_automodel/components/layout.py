@@ -156,6 +156,16 @@ class Fusion:
         block = self.blocks[self.parts.index(part)]
         return (self._groups_of(fused[0]) * block, *fused[1:])
 
+    def from_stored(self, rows: Tensor, part: str) -> Tensor:
+        """``rows``, one for each of ``part`` and in the checkpoint's order, in the order of here."""
+        order = self.order_of(part)
+        return rows if order is None else rows.index_select(0, _order(order, len(rows), rows.device)[0])
+
+    def to_stored(self, rows: Tensor, part: str) -> Tensor:
+        """The inverse of `from_stored`."""
+        order = self.order_of(part)
+        return rows if order is None else rows.index_select(0, _order(order, len(rows), rows.device)[1])
+
     def order_of(self, part: str) -> RowOrder | None:
         """How the checkpoint orders the rows of ``part``; None: as here."""
         return self.orders[self.parts.index(part)] if self.orders else None
@@ -173,8 +183,7 @@ class Fusion:
         return self.blocks[index], self.group, sum(self.blocks[:index])
 
     def _ordered(self, value: Tensor, part: str) -> Tensor:
-        if (order := self.order_of(part)) is not None:
-            value = value.index_select(0, _order(order, value.shape[0], value.device)[0])
+        value = self.from_stored(value, part)
         if self.columns is not None:
             value = value.index_select(-1, _order(self.columns, value.shape[-1], value.device)[0])
         return value

@@ -26,8 +26,9 @@ _FREE = (
     "check_replicas_every",
 )
 
-FORMAT = 3
-"""Of a checkpoint's tensors; 1 (unwritten then) had fp32 masters whole, 2 one tensor of all parameters' step counts."""
+FORMAT = 4
+"""Of a checkpoint's tensors; 1 (unwritten then) had fp32 masters whole, 2 one tensor of all parameters' step counts, 3
+adapters' rows in the order of Hugging Face's files."""
 
 
 @contextmanager

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from nemo_automodel.components import distributed
 from nemo_automodel.components.checkpoint import SafetensorsReader
@@ -43,15 +50,21 @@ SHAPE: dict[str, Any] = {
 """Head dim unlike hidden / heads, groups of two, and (with the tokenizer's) an odd vocabulary."""
 
 
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": 0, "head_dim": 6}),  # queries, keys, values in one tensor
+}
+
+
 def write_model(folder: Path, family: str, tied: bool) -> Path:
-    """A tiny Llama or Qwen2 with its tokenizer."""
+    """A tiny model of the family with its tokenizer."""
     write_checkpoint(folder)
     vocabulary = LlamaConfig.from_pretrained(folder).vocab_size
     shape = SHAPE | {"vocab_size": vocabulary + 1 - vocabulary % 2, "tie_word_embeddings": tied}
-    config: PreTrainedConfig = Qwen2Config(**shape) if family == "qwen2" else LlamaConfig(**shape)
+    config, model, more = FAMILIES[family]
     torch.manual_seed(0)
-    model = (Qwen2ForCausalLM if family == "qwen2" else LlamaForCausalLM)(config)
-    randomize(model).save_pretrained(folder)
+    randomize(model(config(**shape | more))).save_pretrained(folder)
     return folder
 
 

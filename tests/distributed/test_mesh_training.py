@@ -33,6 +33,7 @@ CASES: list[Case] = [
     ("qwen2 tied", {"tp": 2, "dp_shard": 2}, {"model__gradient_checkpointing": "selective"}),
     ("qwen2 untied", {"tp": 2}, {**DORA, **PACKED}),
     ("llama tied", {"tp": 2, "dp_shard": 2}, LORA),
+    ("phi3 untied", {"tp": 2}, DORA),
     ("llama tied", {"cp": 4}, PACKED),
     ("llama untied", {"cp": 2, "tp": 2}, PACKED),
     ("qwen2 tied", {"cp": 2, "dp_shard": 2}, {**LORA, **PACKED, "model__attn_implementation": "eager"}),

@@ -2,7 +2,13 @@
 
 from nemo_automodel.components.peft.adapter import PeftAdapter
 from nemo_automodel.components.peft.config import LoRAConfig
-from nemo_automodel.components.peft.files import adapter_tensors, layout_of, load_adapter_tensors, save_adapter
+from nemo_automodel.components.peft.files import (
+    adapter_tensors,
+    layout_of,
+    load_adapter_tensors,
+    save_adapter,
+    stored_rows,
+)
 from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.peft.model import apply_lora, init_adapters, join_adapters, merge_lora, quantize_base
 
@@ -19,4 +25,5 @@ __all__ = [
     "merge_lora",
     "quantize_base",
     "save_adapter",
+    "stored_rows",
 ]

@@ -12,7 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nemo_automodel.components.layout import Layout
-from nemo_automodel.components.peft.files import CONFIG, PREFIX, WEIGHTS, Replaced, adapter_tensors, layout_of, refuse
+from nemo_automodel.components.peft.files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Replaced,
+    adapter_tensors,
+    layout_of,
+    own_rows,
+    refuse,
+)
 from nemo_automodel.components.peft.model import adapted_layer, leaf, part_paths, refuse_adapters, untie
 from nemo_automodel.components.peft.peft_config import PeftConfig
 from nemo_automodel.components.placement import fill, whole
@@ -137,8 +146,10 @@ class PeftAdapter:
                     "another base; load it with that one, or merge it with peft (merge_and_unload)"
                 )
         values = {PREFIX + key.removesuffix(".weight"): value for key, value in self.tensors.items()}
-        for key, parameter in adapter_tensors(model).items():
-            fill(parameter, values[key.removesuffix(".weight")])
+        adapters = adapter_tensors(model)
+        ordered = own_rows(model, {key: values[key.removesuffix(".weight")] for key in adapters}, self._layout)
+        for key, adapter in adapters.items():
+            fill(adapter, ordered[key])
         for key, name in self._replaced.items():
             place = self._layout.locate(name)
             parameter = model.get_parameter(place.own)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nemo_automodel.components.layout import Layout
+from nemo_automodel.components.layout import Fusion, Layout
 from nemo_automodel.components.peft.config import LoRAConfig, Update
 from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.peft.model import leaf, lora_layers, part_paths
@@ -41,6 +41,7 @@ class Replaced:
 def adapter_tensors(model: nn.Module, layout: Layout | None = None) -> dict[str, nn.Parameter]:
     """peft's key -> the parameter, for every adapter of the model; a shared A stands under the key of each part.
 
+    Rows are ordered as those of the fused weight; `stored_rows` puts them in peft's order.
     ``layers.0.self_attn.qkv_proj``'s A for ``q_proj`` is ``base_model.model.layers.0.self_attn.q_proj.lora_A.weight``.
     """
     tensors = {}
@@ -50,6 +51,18 @@ def adapter_tensors(model: nn.Module, layout: Layout | None = None) -> dict[str,
         if layer.dora:
             tensors[f"{PREFIX}{path}{MAGNITUDE}"] = layer.lora_magnitude[part]
     return tensors
+
+
+def stored_rows(model: nn.Module, tensors: Mapping[str, Tensor], layout: Layout | None = None) -> dict[str, Tensor]:
+    """``tensors``, by the keys of `adapter_tensors` and ordered as those are, with their rows in peft's order."""
+    fusions = _fusions(model, layout or layout_of(model))
+    return {k: fusions[k][0].to_stored(t, fusions[k][1]) if k in fusions else t for k, t in tensors.items()}
+
+
+def own_rows(model: nn.Module, tensors: Mapping[str, Tensor], layout: Layout | None = None) -> dict[str, Tensor]:
+    """The inverse of `stored_rows`."""
+    fusions = _fusions(model, layout or layout_of(model))
+    return {k: fusions[k][0].from_stored(t, fusions[k][1]) if k in fusions else t for k, t in tensors.items()}
 
 
 @torch.no_grad()
@@ -74,6 +87,7 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
             if not torch.equal(tensors[key], tensors[other := first.setdefault(id(value), key)]):
                 problems.append(f"{key}: differs from {other}, but the model shares one A (share_a)")
     refuse("the adapter does not fit the model", problems)
+    tensors = own_rows(model, tensors)
     for key, parameter in own.items():
         fill(parameter, tensors[key])
 
@@ -107,7 +121,8 @@ def save_adapter(
     adapted = _adapted(model, layout)
     if not adapted:
         raise ValueError("the model has no adapters to save: apply_lora first, or save_pretrained for a whole model")
-    tensors = {key: whole(value) for key, value in adapter_tensors(model, layout).items()}
+    gathered = {key: whole(value) for key, value in adapter_tensors(model, layout).items()}
+    tensors = stored_rows(model, gathered, layout)
     replaced: Replaced | None = getattr(model, "_replaced_by_adapter", None)
     for key, name in (replaced.keys if replaced else {}).items():
         tensors[PREFIX + key] = read_parameter(model, layout, name)
@@ -161,6 +176,16 @@ def _adapted(model: nn.Module, layout: Layout) -> list[tuple[str, LoRALinear, st
         for path in part_paths(name, layout)
         if leaf(path) in layer.updates
     ]
+
+
+def _fusions(model: nn.Module, layout: Layout) -> dict[str, tuple[Fusion, str]]:
+    """peft's key of what has a row for each of a fused part's -> the fusion and the part."""
+    return {
+        f"{PREFIX}{path}{kind}": (fusion, part)
+        for path, _, part in _adapted(model, layout)
+        if (fusion := layout.locate(f"{path}.weight").fusion) is not None
+        for kind in (B, MAGNITUDE)
+    }
 
 
 def _ranks(updates: Mapping[str, Update], config: LoRAConfig | None) -> dict[str, Any]:

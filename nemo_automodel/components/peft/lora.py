@@ -7,6 +7,7 @@ laid out as the fused projection's rows are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class LoRALinear(nn.Linear):
 
     Attributes:
         lora_A: part name (with ``share_a``: the fused name) -> ``[r, in_features]``.
-        lora_B: part name -> ``[rows of the part, r]``.
+        lora_B: part name -> ``[rows of the part, r]``, in the order in which ``weight`` has them, so that a shard of B
+            belongs to the same shard of ``weight``; a checkpoint's order may be another.
         lora_magnitude: with DoRA, part name -> ``[rows of the part]``; else empty.
         kernels: whether to use the library's own where they can run; the base layer's choice.
         column_ranks: that share the weight's columns (tensor parallelism, of a row-wise layer).
@@ -74,7 +76,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.register_buffer("scale", None)  # in state dicts, where there is one: the weight means nothing without
         self.kernels = getattr(base, "kernels", True)
-        self.fusion = fusion
+        self.fusion = None if fusion is None else replace(fusion, orders=())
         self.parts = fusion.parts if fusion else (name,)
         self.updates = {part: updates[part] for part in self.parts if part in updates}
         self.dora, self.share_a = dora, share_a and fusion is not None
@@ -260,10 +262,7 @@ class LoRALinear(nn.Linear):
         ]
 
     def _packs(self, all_b: Tensor, parameters: Sequence[Tensor]) -> bool:
-        """Whether one kernel moves all parameters: rows in the checkpoint's order, not the layer's, it does not."""
-        fusion = self.fusion
-        if fusion is not None and (fusion.columns is not None or any(order is not None for order in fusion.orders)):
-            return False
+        """Whether one kernel moves all parameters."""
         return runs_on(all_b, *parameters) and all(parameter.is_contiguous() for parameter in parameters)
 
     def _places(self, parameters: Sequence[Tensor]) -> tuple[Place, ...]:

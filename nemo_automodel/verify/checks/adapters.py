@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_automodel.components.peft import PeftAdapter, adapter_tensors, layout_of, merge_lora
+from nemo_automodel.components.peft import PeftAdapter, adapter_tensors, layout_of, merge_lora, stored_rows
 from nemo_automodel.verify.check import Check
 from nemo_automodel.verify.exact import Exact
 from nemo_automodel.verify.outcome import NotApplicable, Outcome, bitwise, formula, judge
@@ -140,8 +140,8 @@ def step_of_adapters(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """Logits, and the adapters' gradients under peft's names."""
     outputs = model(input_ids=ids, labels=ids, use_cache=False)
     outputs.loss.backward()
-    gradients = {key: parameter.grad for key, parameter in adapter_tensors(model).items()}
-    return {"logits": outputs.logits.detach(), **{k: grad for k, grad in gradients.items() if grad is not None}}
+    gradients = {key: grad for key, p in adapter_tensors(model).items() if (grad := p.grad) is not None}
+    return {"logits": outputs.logits.detach(), **stored_rows(model, gradients)}
 
 
 def _stored_name(name: str) -> str:
