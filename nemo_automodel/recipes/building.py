@@ -79,6 +79,8 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
         )
     if config.data.packing and ring:
         raise ValueError("mesh.cp_method=ring has no packed documents: set mesh.cp_method=all_to_all, or no packing")
+    if mesh.sharers == 1:
+        return mesh
     with blame("model.path"):
         model = read_config(config.model.path, config.model.trust_remote_code)
     kv_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
@@ -86,7 +88,8 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
         mesh,
         [
             Divided("KV heads", kv_heads, "tp"),
-            Divided("rows of the MLP", model.intermediate_size, "tp"),
+            # transformers' own classes, which are refused later, may not say
+            *([Divided("rows of the MLP", width, "tp")] if (width := getattr(model, "intermediate_size", 0)) else []),
             *([] if ring else [Divided("KV heads", kv_heads, "cp", mesh.tp)]),
         ],
     )
@@ -201,6 +204,8 @@ def build_model(
         drawn_on = "cpu" if several and device.type != "meta" else device
         model = NeMoAutoModelForCausalLM.from_config(source, device=drawn_on, **common)
         prepare(model)
+        if several and mesh.averaged == 1:  # which FSDP would have done
+            model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
     else:
         model = NeMoAutoModelForCausalLM.from_pretrained(options.path, device=device, prepare=prepare, **common)
         if config.lora is not None:

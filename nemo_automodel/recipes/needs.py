@@ -149,7 +149,8 @@ def activation_bytes(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> 
     """The estimate `ACTIVATIONS`, for the layers that ``model`` has."""
     layers = len(layers_of(model))
     config, t = model.config, mesh.tp
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # as GPT-2, which does not say
     stream = hidden / (t if mesh.sequence_parallel else 1)
     q, kv = _channels(config)
     kept = 2 * stream + 2 * hidden + (2 * q + 2 * kv + 3 * inner) / t

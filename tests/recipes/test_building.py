@@ -1,14 +1,18 @@
 """Meshes that a training refuses, before anything is built."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
-from nemo_automodel.components.distributed import MeshConfig
+from nemo_automodel.components.distributed import Mesh, MeshConfig
+from nemo_automodel.components.models.llama.model import LlamaForCausalLM
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import building
+from nemo_automodel.recipes.plan import plan, pretended
 from nemo_automodel.recipes.train import TrainConfig
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
 
@@ -43,6 +47,29 @@ def test_a_mesh_that_cannot_be_is_refused(
     config = load_config(TrainConfig, None, overrides(**words))
     with pytest.raises(ValueError, match=message):
         building.build_mesh(config, torch.device("cpu"))
+
+
+def test_models_that_do_not_say_how_wide_they_are_train_on_several_ranks(tmp_path: Path) -> None:
+    GPT2Config(n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    words = {"output_dir": tmp_path / "run", "model.path": tmp_path, "data.train": "none", "train.device": "cpu"}
+    config = load_config(TrainConfig, None, [word for key, value in words.items() for word in (f"--{key}", str(value))])
+    assert all(needs.parameters and needs.activations for needs in plan(config, 2).ranks)
+    config.mesh.tp = 2
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel, transformers' own class"):
+        plan(config, 2)
+
+
+def test_a_stage_that_was_drawn_on_the_host_goes_to_its_device(
+    overrides: Callable[..., list[str]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moved: list[torch.device] = []
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda self, device: moved.append(device))
+    config = load_config(TrainConfig, None, overrides(mesh__pp=2, model__from_scratch="true"))
+    device = torch.device("cuda", 1)
+    with pretended(0, 2):
+        building.build_model(config, None, device, mesh=Mesh({"pp": 2}), stage=0, stages=2)
+    assert moved == [device]
 
 
 def test_a_size_below_one_is_refused_by_name() -> None:
