@@ -69,6 +69,7 @@ def test_readme_shows_commands_that_exist() -> None:
         "new",
         "bench",
         "slurm",
+        "plan",
     }
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.comm_bytes import CASES, SHAPE, compare
 
+pytestmark = pytest.mark.ranks
+
 QUICK = ("--mesh.dp_replicate 2 --mesh.dp_shard 2", "--mesh.tp 2 --mesh.dp_shard 2 --lora.r 4")
 
 

@@ -35,6 +35,8 @@ from nemo_automodel.recipes.train import TrainConfig
 from tests.conftest import assert_near, randomize, tiny, tokens
 from tests.distributed.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 LENGTH = 24
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 16}

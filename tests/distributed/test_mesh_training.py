@@ -26,8 +26,14 @@ NO_SEQUENCE = {"mesh__sequence_parallel": "false"}
 BUBBLE = {"mesh__pp_schedule": "InterleavedZeroBubble"}
 V = {"mesh__pp_schedule": "ZBVZeroBubble"}
 Case = tuple[str, dict[str, int], dict[str, Any]]
-CASES: list[Case] = [
+TELLING: list[Case] = [
     ("llama tied", {"tp": 2}, {}),
+    ("llama tied", {"pp": 2}, {}),
+    ("qwen2 tied", {"cp": 2, "dp_shard": 2}, {**LORA, **PACKED, "model__attn_implementation": "eager"}),
+]
+"""In the default suite."""
+
+CASES: list[Case] = [
     ("qwen2 untied", {"tp": 4}, NO_SEQUENCE),
     ("llama untied", {"dp_replicate": 2, "dp_shard": 2}, PACKED),
     ("qwen2 tied", {"tp": 2, "dp_shard": 2}, {"model__gradient_checkpointing": "selective"}),
@@ -36,9 +42,7 @@ CASES: list[Case] = [
     ("phi3 untied", {"tp": 2}, DORA),
     ("llama tied", {"cp": 4}, PACKED),
     ("llama untied", {"cp": 2, "tp": 2}, PACKED),
-    ("qwen2 tied", {"cp": 2, "dp_shard": 2}, {**LORA, **PACKED, "model__attn_implementation": "eager"}),
     ("qwen2 untied", {"cp": 2}, RING),
-    ("llama tied", {"pp": 2}, {}),
     ("qwen2 tied", {"pp": 2, "dp_shard": 2}, V),
     ("qwen2 untied", {"pp": 2, "tp": 2}, {"mesh__pp_schedule": "Interleaved1F1B"}),
     ("llama tied", {"pp": 2, "dp_shard": 2}, {**DORA, **PACKED, **BUBBLE}),
@@ -69,11 +73,17 @@ MORE: list[Case] = [
     ("llama tied", {"pp": 2, "cp": 2}, PACKED),
     ("qwen2 untied", {"pp": 2, "cp": 2}, RING),
 ]
-"""As `CASES`, in the longer suite."""
+"""In the longer suite."""
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh", "options"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)], ids=str
+    ("model", "mesh", "options"),
+    [
+        *TELLING,
+        *(pytest.param(*case, marks=pytest.mark.ranks) for case in CASES),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE),
+    ],
+    ids=str,
 )
 def test_a_mesh_trains_what_one_process_trains(
     model: str, mesh: dict[str, int], options: dict[str, Any], tmp_path: Path
@@ -83,6 +93,7 @@ def test_a_mesh_trains_what_one_process_trains(
     assert_equal_training(tmp_path, options_of(tmp_path, family, tied == "tied", **options), mesh, ranks)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("rule", [rule for rule in SABOTAGE if rule != "_without_inductor"])
 def test_a_broken_rule_is_seen(rule: str, tmp_path: Path) -> None:
     mesh = {"_loss_of_each_rank": {"dp_shard": 2}, "_ties_apart": {"pp": 2}}.get(rule, {"tp": 2})
@@ -103,6 +114,7 @@ def test_compiled_layers_train_the_same(mesh: dict[str, int], tmp_path: Path) ->
 MESHES: list[dict[str, int]] = [{"pp": 2}, {"tp": 2}, {"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_what_was_loaded_is_exported_bit_for_bit(mesh: dict[str, int], tmp_path: Path) -> None:
     options = options_of(tmp_path, "qwen2", False, output_dir=tmp_path / "run")

@@ -129,6 +129,7 @@ def _train_until(words: list[str], stop: int) -> None:
         train(load_config(TrainConfig, None, words), say=lambda line: None)
 
 
+@pytest.mark.ranks
 def test_a_run_goes_on_with_other_stages(tmp_path: Path) -> None:
     """Two steps each in two stages, in one process, and in four stages on two ranks; validation as well."""
     options = options_of(tmp_path, "llama", True, train__max_steps=STEPS, train__save_every=2)

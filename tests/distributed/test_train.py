@@ -44,6 +44,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return {key: reader.read(key) for key in reader}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_train_what_one_process_trains(

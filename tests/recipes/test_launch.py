@@ -113,6 +113,7 @@ def test_the_rank_that_failed_first(noticed: list[tuple[int, int, int]], first: 
     assert first_failure(failures)[0] == first
 
 
+@pytest.mark.ranks
 def test_bad_input_is_said_once_and_not_restarted(
     overrides: Overrides,  # noqa: F811
     tmp_path: Path,

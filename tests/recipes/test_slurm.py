@@ -52,6 +52,7 @@ def run_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return run
 
 
+@pytest.mark.ranks
 def test_the_batch_file_trains_on_two_machines(
     overrides: Overrides,  # noqa: F811
     tmp_path: Path,

@@ -69,6 +69,7 @@ def _hang(words: list[str], folder: Path, step_to_hang: int) -> None:
     recipe.train(load_config(recipe.TrainConfig, None, words), say=lambda line: None)
 
 
+@pytest.mark.ranks
 def test_all_ranks_name_the_one_that_hangs(overrides: Overrides, tmp_path: Path) -> None:  # noqa: F811
     """The other one hangs in a collective then, and both end by themselves."""
     words = overrides(train__device="cpu", train__hang_timeout="2")
@@ -102,6 +103,7 @@ def _fail(words: list[str]) -> tuple[str, int]:
     raise AssertionError("nothing was raised")
 
 
+@pytest.mark.ranks
 def test_a_rank_that_is_left_alone_says_what_the_other_one_said(overrides: Overrides) -> None:  # noqa: F811
     """And ends with the same code, so that a scheduler does not retry what is of no use."""
     said = "a row that this rank cannot use"
