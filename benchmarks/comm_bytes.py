@@ -18,7 +18,8 @@ import torch
 from nemo_automodel.components.distributed import MeshConfig
 from nemo_automodel.components.distributed.traffic import Traffic
 from nemo_automodel.config import load_config
-from nemo_automodel.recipes.building import build_mesh, build_optimizer, build_parts, build_pipeline
+from nemo_automodel.recipes.building import build_optimizer, build_parts, build_pipeline
+from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.needs import traffic, work_of
 from nemo_automodel.recipes.step import train_step
 from nemo_automodel.recipes.train import TrainConfig

@@ -205,8 +205,16 @@ class _NeMoAutoModel:
         return model
 
     @classmethod
-    def _resolve(cls, config: PreTrainedConfig) -> Any:
-        """The registered class for this task, or None for transformers' own (logged)."""
+    def registered(cls, config: PreTrainedConfig) -> Any:
+        """The registered class for this task; None: transformers' own serves.
+
+        Raises:
+            ValueError: the config is of another task.
+        """
+        return registry.resolve(cls._architecture(config))
+
+    @classmethod
+    def _architecture(cls, config: PreTrainedConfig) -> str:
         named = [name for name in config.architectures or () if name.endswith(cls._suffix)]
         architecture = named[0] if named else cls._by_model_type.get(config.model_type)
         if architecture is None:
@@ -214,10 +222,15 @@ class _NeMoAutoModel:
                 f"{cls.__name__}: architectures={config.architectures} with model_type={config.model_type!r} is not "
                 f"a model {cls._suffix}"
             )
-        if (model_class := registry.resolve(architecture)) is None:
+        return architecture
+
+    @classmethod
+    def _resolve(cls, config: PreTrainedConfig) -> Any:
+        """As `registered`, and a log line where that is None."""
+        if (model_class := cls.registered(config)) is None:
             logger.warning(
                 "%s is not among the registered architectures (%s): using transformers' own class, unfused",
-                architecture,
+                cls._architecture(config),
                 ", ".join(registry.architectures()),
             )
         return model_class

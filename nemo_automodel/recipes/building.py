@@ -6,20 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM, read_config
+from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
-from nemo_automodel.components.data import micro_batches
 from nemo_automodel.components.distributed import ALONE, Mesh, Options, Pipeline, parallelize
-from nemo_automodel.components.distributed.mesh import Divided, check_divides
-from nemo_automodel.components.distributed.stages import ZERO_BUBBLE, stages_of, takes_micro_batches
 from nemo_automodel.components.float8_training import check_float8, to_float8
-from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.models.common.varlen import VARLEN, device_gap, refuse
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
-from nemo_automodel.components.together import Together
-from nemo_automodel.recipes.checks import blame
+from nemo_automodel.recipes.meshes import stages_of_rank
 from nemo_automodel.recipes.served import why_not_varlen
 from nemo_automodel.recipes.step import compute_stage
 
@@ -51,91 +46,17 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
-    """The ranks of this run by axis; all ranks call this.
-
-    Raises:
-        ValueError: sizes that are not those of the ranks there are, or that the model or the data does not divide into.
-    """
-    sizes = config.mesh.sizes(Together().size)
-    ring = config.mesh.cp > 1 and config.mesh.cp_method == "ring"
-    mesh = Mesh(sizes, device.type, config.mesh.sequence_parallel, config.mesh.cp_method)
-    if config.model.compile and mesh.tp > 1:
-        raise ValueError(
-            f"model.compile=true with mesh.tp={mesh.tp}: gradients of compiled tensor-parallel layers came out wrong "
-            "(torch 2.13), so the two do not go together; leave one of them out"
-        )
-    if config.model.cpu_offload and (device.type == "cpu" or mesh.averaged == 1):
-        raise ValueError(
-            f"model.cpu_offload moves FSDP's shards off GPUs, and here is {device.type}, {mesh}; leave it at false, or "
-            "give mesh.dp_shard more than one GPU"
-        )
-    if mesh.size == 1:
-        return mesh
-    each = mesh.sequence_cut
-    if config.data.packing and config.data.max_length % each:
-        raise ValueError(
-            f"data.max_length={config.data.max_length} must be a multiple of {each}, over which {mesh} cuts sequences"
-        )
-    if config.data.packing and ring:
-        raise ValueError("mesh.cp_method=ring has no packed documents: set mesh.cp_method=all_to_all, or no packing")
-    if mesh.sharers == 1:
-        return mesh
-    with blame("model.path"):
-        model = read_config(config.model.path, config.model.trust_remote_code)
-    kv_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    check_divides(
-        mesh,
-        [
-            Divided("KV heads", kv_heads, "tp"),
-            # transformers' own classes, which are refused later, may not say
-            *([Divided("rows of the MLP", width, "tp")] if (width := getattr(model, "intermediate_size", 0)) else []),
-            *([] if ring else [Divided("KV heads", kv_heads, "cp", mesh.tp)]),
-        ],
-    )
-    if mesh.pp > 1:
-        stages = mesh.pp * len(_stages(config, mesh))
-        if stages > (layers := model.num_hidden_layers):
-            raise ValueError(f"mesh: pp={mesh.pp} makes {stages} stages of the {layers} layers: some would have none")
-        _check_pipeline(config, mesh)
-    return mesh
-
-
-def _check_pipeline(config: "TrainConfig", mesh: Mesh) -> None:
-    loop, schedule = config.train, config.mesh.pp_schedule
-    size = loop.micro_batch_size or loop.batch_size
-
-    def takes(micro_batch_size: int) -> bool:
-        return takes_micro_batches(schedule, mesh.pp, micro_batches(loop.batch_size, micro_batch_size, mesh.data))
-
-    if not takes(size):
-        fitting = [n for n in range(1, -(-loop.batch_size // mesh.data) + 1) if takes(n)]
-        raise ValueError(
-            f"mesh: {schedule} over pp={mesh.pp} does not go with {micro_batches(loop.batch_size, size, mesh.data)} "
-            f"micro-batches a step, of train.micro_batch_size={loop.micro_batch_size} of the {loop.batch_size} rows of "
-            + (f"{mesh}; it may be {', '.join(map(str, fitting))}" if fitting else f"{mesh}; raise train.batch_size")
-        )
-    if config.model.compile and schedule in ZERO_BUBBLE:
-        raise ValueError(f"mesh.pp_schedule={schedule} takes backward passes apart, which model.compile=true joins")
-
-
 def build_parts(
     config: "TrainConfig", resumed: TrainingCheckpoint | None, device: torch.device, mesh: Mesh
 ) -> dict[int, "PreTrainedModel"]:
     """Number of each pipeline stage that this rank has -> that part of the model; without ``pp``, the model as 0."""
-    state, numbers = torch.get_rng_state(), _stages(config, mesh)
+    state, numbers = torch.get_rng_state(), stages_of_rank(config, mesh)
     parts = {}
     for number in numbers:
         torch.set_rng_state(state)  # weights from scratch are drawn for the whole model each time
         stages = mesh.pp * len(numbers)
         parts[number] = build_model(config, resumed, device, config.data.packing, mesh, stage=number, stages=stages)
     return parts
-
-
-def _stages(config: "TrainConfig", mesh: Mesh) -> list[int]:
-    if mesh.pp == 1:
-        return [0]
-    return stages_of(mesh.place["pp"], mesh.pp, config.mesh.pp_schedule, config.mesh.pp_virtual_stages)
 
 
 def build_pipeline(parts: Mapping[int, "PreTrainedModel"], config: "TrainConfig", mesh: Mesh) -> Pipeline:
@@ -159,7 +80,7 @@ def build_model(
     is the one numbered ``stage``.
 
     Raises:
-        ValueError: varlen attention is asked for where it does not run, or stages of transformers' own class.
+        ValueError: varlen attention is asked for where it does not run.
     """
     options, several = config.model, mesh.size > 1
     dtype = DTYPES.get(options.dtype, auto_dtype(device))
@@ -173,8 +94,6 @@ def build_model(
             raise ValueError(f"model.float8={options.float8} does not go with mesh.tp={mesh.tp}; leave it at off")
 
     def prepare(model: Any) -> None:
-        if stages > 1 and not isinstance(model, HFCheckpointingMixin):
-            raise ValueError(f"mesh.pp={mesh.pp}: {type(model).__name__} is transformers' own class, not cut in stages")
         if config.lora is not None:
             apply_lora(model, config.lora, layout_of(model))
         if options.float8 != "off":
@@ -183,7 +102,7 @@ def build_model(
             model,
             mesh,
             Options(
-                tp_plan=_tp_plan(model) if mesh.tp > 1 else {},
+                tp_plan=tp_plan_of(model) if mesh.tp > 1 else {},
                 stage=stage,
                 stages=stages,
                 checkpointing=options.gradient_checkpointing,
@@ -217,15 +136,6 @@ def build_model(
     if why_not_varlen(model, options, packing) is None:
         model.set_attn_implementation(VARLEN)
     return model.train()
-
-
-def _tp_plan(model: Any) -> dict[str, str]:
-    if not hasattr(model, "state_dict_adapter"):
-        raise ValueError(
-            f"mesh: tp cuts fused projections, which {type(model).__name__}, transformers' own class, has not; leave "
-            "it at 1 (dp_shard works), or add the architecture (automodel new)"
-        )
-    return tp_plan_of(model)
 
 
 def build_optimizer(model: nn.Module | Pipeline, optim: OptimConfig, seed: int, mesh: Mesh = ALONE) -> MasterAdamW:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from nemo_automodel._transformers.auto_model import read_config
 from nemo_automodel.components.distributed import Mesh
-from nemo_automodel.recipes.building import build_mesh, build_optimizer, build_parts, build_pipeline
+from nemo_automodel.recipes.building import build_optimizer, build_parts, build_pipeline
 from nemo_automodel.recipes.checks import blame
 from nemo_automodel.recipes.flops import arithmetic
+from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.needs import (
     ACTIVATIONS,
     GATHERED,

@@ -26,7 +26,7 @@ from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
-from nemo_automodel.recipes.building import build_mesh, build_optimizer, build_parts, build_pipeline, pick_device
+from nemo_automodel.recipes.building import build_optimizer, build_parts, build_pipeline, pick_device
 from nemo_automodel.recipes.checks import (
     FORMAT,
     blame,
@@ -39,6 +39,7 @@ from nemo_automodel.recipes.checks import (
 from nemo_automodel.recipes.exits import ExitCode
 from nemo_automodel.recipes.export import export_from, export_trained, save_description, untied
 from nemo_automodel.recipes.interrupts import Stopped, stop_requests
+from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.progress import Progress
 from nemo_automodel.recipes.served import in_one_line, served
 from nemo_automodel.recipes.step import evaluate, train_step

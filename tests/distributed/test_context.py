@@ -28,8 +28,8 @@ from nemo_automodel.components.distributed.context import SharedSequence
 from nemo_automodel.components.loss import IGNORE, next_token_loss
 from nemo_automodel.components.models.common.decoder import DecoderModel
 from nemo_automodel.config import load_config
-from nemo_automodel.recipes.building import build_mesh
 from nemo_automodel.recipes.checks import check_packing
+from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.step import own_part
 from nemo_automodel.recipes.train import TrainConfig
 from tests.conftest import assert_near, randomize, tiny, tokens

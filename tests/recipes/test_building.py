@@ -12,6 +12,7 @@ from nemo_automodel.components.models.llama.model import LlamaForCausalLM
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import building
+from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.plan import plan, pretended
 from nemo_automodel.recipes.train import TrainConfig
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
@@ -46,7 +47,7 @@ def test_a_mesh_that_cannot_be_is_refused(
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *group: 0)
     config = load_config(TrainConfig, None, overrides(**words))
     with pytest.raises(ValueError, match=message):
-        building.build_mesh(config, torch.device("cpu"))
+        build_mesh(config, torch.device("cpu"))
 
 
 def test_models_that_do_not_say_how_wide_they_are_train_on_several_ranks(tmp_path: Path) -> None:
