@@ -28,7 +28,8 @@ from nemo_automodel.components.checkpoint import SafetensorsReader
 from nemo_automodel.components.distributed import Mesh, join_ranks
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
-from nemo_automodel.recipes.building import build_mesh, build_optimizer, build_parts, build_pipeline
+from nemo_automodel.recipes.building import build_optimizer, build_parts, build_pipeline
+from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.step import train_step
 from nemo_automodel.recipes.train import Run, TrainConfig
 
