@@ -82,6 +82,7 @@ def test_ranks_train_what_one_process_trains(
         assert (tmp_path / "several" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", ["full", "lora", "bf16 with masters", "bf16 alone"])
 def test_a_run_goes_on_with_other_ranks(
     overrides: Overrides,  # noqa: F811
