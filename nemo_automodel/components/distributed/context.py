@@ -152,5 +152,14 @@ def check_shares_sequences(model: nn.Module) -> None:
         )
 
 
+def shares_sequences(model: nn.Module) -> bool:
+    """Whether `check_shares_sequences` lets it pass: its attention takes no length from the states that it is given."""
+    try:
+        check_shares_sequences(model)
+    except NotShared:
+        return False
+    return True
+
+
 def _declares(module: nn.Module) -> bool:
     return hasattr(module, "context")

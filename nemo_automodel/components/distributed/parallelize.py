@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from nemo_automodel.components.distributed.context import parallelize_context
+from nemo_automodel.components.distributed.context import parallelize_context, shares_sequences
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers
 from nemo_automodel.components.distributed.mesh import Mesh
 from nemo_automodel.components.distributed.stages import keep_stage
@@ -56,7 +56,9 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
         keep_stage(model, options.stage, options.stages)
     layer_classes = set(model._no_split_modules)
     if (axis := mesh.axis("tp")) is not None:
-        parallelize_tensors(model, options.tp_plan, axis, layer_classes if mesh.sequence_parallel else ())
+        # attention written by hand may take the sequence's length from states of which each rank would have a part
+        by_sequence = mesh.sequence_parallel and shares_sequences(model)
+        parallelize_tensors(model, options.tp_plan, axis, layer_classes if by_sequence else ())
     parallelize_context(model, mesh)
     if options.checkpointing:
         _checkpoint_activations(model, options.checkpointing)

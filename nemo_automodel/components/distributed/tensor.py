@@ -246,7 +246,8 @@ def _moved(
     if width is not None:
         shape = {"shape": torch.Size((*x.shape[:-1], width)), "stride": _strides((*x.shape[:-1], width))}
     spread = DTensor.from_local(x, mesh, [given], run_check=False, **shape)
-    return spread.redistribute(placements=[wanted]).to_local(grad_placements=[TERM] if term else None)
+    moved = spread.redistribute(placements=[wanted]).to_local(grad_placements=[TERM] if term else None)
+    return moved.contiguous()  # what was gathered along the sequence is not, and models take views of it
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
