@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from nemo_automodel.components.kernels import qkv_rope
+from nemo_automodel.components.layout import Fusion
 from nemo_automodel.components.loss import next_token_loss
 from nemo_automodel.components.models.common import norm
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, join_adapters, merge_lora
 from nemo_automodel.components.peft.files import save_adapter
-from nemo_automodel.components.peft.lora import LoRALinear
 from nemo_automodel.components.peft.model import leaf, lora_layers, part_paths
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import train as recipe
@@ -142,9 +142,9 @@ def test_full(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (calls.get("norm", 0) >= 5) == (family not in LAYER_NORM)
 
 
-def _as_stored(layer: LoRALinear, part: str, b: torch.Tensor) -> torch.Tensor:
-    """B's b as checkpoints order those of its weight."""
-    return b if layer.fusion is None else layer.fusion.to_stored(b, part)
+def _as_stored(fusion: Fusion | None, part: str, b: torch.Tensor) -> torch.Tensor:
+    """B's rows in the order in which checkpoints keep those of its weight."""
+    return b if fusion is None else fusion.to_stored(b, part)
 
 
 KINDS = [*(("llama", name) for name in ADAPTERS), *((family, "all") for family in FAMILIES if family != "llama")]
@@ -171,17 +171,15 @@ def test_adapters(family: str, adapters: str, joined: bool, monkeypatch: pytest.
         loss.backward()
     layers = dict(lora_layers(ours))
     assert calls["linear"] >= len(layers)
-    theirs = {name: p.grad for name, p in hf.named_parameters()}
+    theirs, layout = {name: p.grad for name, p in hf.named_parameters()}, ours.state_dict_adapter.layout
     for path, layer in layers.items():
-        of_part = {
-            leaf(hf_path): theirs[f"{hf_path}.weight"] for hf_path in part_paths(path, ours.state_dict_adapter.layout)
-        }
+        of_part = {leaf(hf_path): theirs[f"{hf_path}.weight"] for hf_path in part_paths(path, layout)}
         for part, update in layer.updates.items():
             g = of_part[part]
             a, b = layer.lora_A[part], layer.lora_B[part]
             assert a.grad is not None
             assert b.grad is not None
-            b, of_b = (_as_stored(layer, part, each.detach()) for each in (b, b.grad))
+            b, of_b = (_as_stored(layout.fusion_of(path), part, each.detach()) for each in (b, b.grad))
             assert_near(a.grad, update.scale * b.t() @ g, NEAR, what=f"{path} {part} A")
             assert_near(of_b, update.scale * g @ a.detach().t(), NEAR, what=f"{path} {part} B")
     frozen = [p for name, p in ours.named_parameters() if "lora_" not in name]
