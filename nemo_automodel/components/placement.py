@@ -5,6 +5,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of ``tensor``: its shard of a DTensor, all of a plain one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of ``tensor``, detached; gathered (by every rank together) where it is a DTensor."""
     tensor = tensor.detach()
@@ -21,12 +26,12 @@ def fill(tensor: Tensor, value: Tensor) -> None:
     if tensor.is_meta:
         raise ValueError("the model is on the meta device: load or initialize its weights first")
     if isinstance(tensor, DTensor):
-        local = tensor.to_local()
+        shard = tensor.to_local()
         # every rank holds the same values already: no broadcast
         value = distribute_tensor(
-            value.to(local.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            value.to(shard.device), tensor.device_mesh, tensor.placements, src_data_rank=None
         ).to_local()
-        tensor = local
+        tensor = shard
     tensor.copy_(value)
 
 

@@ -34,6 +34,7 @@ from nemo_automodel.components.distributed.traffic import sent
 from nemo_automodel.components.elsewhere import Elsewhere
 from nemo_automodel.components.kernels.linear_cross_entropy import CHUNK
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
+from nemo_automodel.components.placement import local
 
 JOINED = "replicated_with_grad_allreduce"
 
@@ -104,11 +105,6 @@ def _in_flight(schedule: str, mesh: Mesh, count: int, stages: int) -> float:
     if "Interleaved" in schedule:
         return min(count * stages, 2 * later + (stages - 1) * mesh.pp + 1) / stages
     return min(count, mesh.pp if schedule == "ZBVZeroBubble" else later + 1)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_bytes(parameter: nn.Parameter, accumulating: bool) -> int:

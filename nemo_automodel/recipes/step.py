@@ -39,7 +39,7 @@ def train_step(
         not finite, neither this step nor a later one updates anything.
     """
     together = Together()
-    valid = _count(valid_tokens(batch["labels"]) for batch in micro_batches) / mesh.sharers
+    valid = together.sum(sum(valid_tokens(batch["labels"]) for batch in micro_batches)) / mesh.sharers
     optimizer.accumulating = len(micro_batches) > 1
     # FSDP averages over ranks, each of which has a part of the sum
     if isinstance(model, Pipeline):
@@ -100,8 +100,3 @@ def own_part(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     batch = {**batch, "targets": next_token_targets(batch["labels"])}
     del batch["labels"]
     return batch | {name: mesh.part(batch[name]) for name in ("input_ids", "targets")}
-
-
-def _count(numbers: Any) -> float:
-    """Of all ranks together."""
-    return Together().sum(sum(numbers))

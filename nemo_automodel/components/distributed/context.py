@@ -142,23 +142,24 @@ def check_shares_sequences(model: nn.Module) -> None:
     Raises:
         NotShared: its backbone declares no ``context``, or layers have no module that does.
     """
-    backbone: Any = getattr(model, "base_model", model)
-    layers = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules)]  # type: ignore[arg-type]
-    lacking = [module for module in (backbone, *layers) if not any(map(_declares, module.modules()))]
-    if lacking or not _declares(backbone):
+    if (module := _lacking(model)) is not None:
         raise NotShared(
-            f"{type(model).__name__}: {type((lacking or [backbone])[0]).__name__} does not declare that it computes "
+            f"{type(model).__name__}: {type(module).__name__} does not declare that it computes "
             "parts of sequences (an attribute 'context'), as the library's own families do: set mesh.cp=1"
         )
 
 
 def shares_sequences(model: nn.Module) -> bool:
     """Whether `check_shares_sequences` lets it pass: its attention takes no length from the states that it is given."""
-    try:
-        check_shares_sequences(model)
-    except NotShared:
-        return False
-    return True
+    return _lacking(model) is None
+
+
+def _lacking(model: nn.Module) -> nn.Module | None:
+    """The first module that would have to declare a ``context``, or hold one that does, and has none."""
+    backbone: Any = getattr(model, "base_model", model)
+    layers = [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules)]  # type: ignore[arg-type]
+    lacking = [module for module in (backbone, *layers) if not any(map(_declares, module.modules()))]
+    return next(iter(lacking), None if _declares(backbone) else backbone)
 
 
 def _declares(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.distributed.mesh import Mesh
+from nemo_automodel.components.placement import local
 
 PIECE = 2**24
 """Elements that are hashed at once: eight bytes of scratch memory each, a few times."""
@@ -51,9 +52,9 @@ def _unlike(tensors: Mapping[str, Tensor], names: Sequence[str], group: dist.Pro
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
     """An int64 scalar that depends on every bit of this rank's part of ``tensor``, and on its place."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    bits = local.contiguous().view(_BITS[local.element_size()]).flatten()
-    total = torch.zeros((), dtype=torch.int64, device=local.device)
+    own = local(tensor.detach())
+    bits = own.contiguous().view(_BITS[own.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=own.device)
     for start in range(0, len(bits), PIECE):
         piece = bits[start : start + PIECE].to(torch.int64)
         places = torch.arange(start, start + len(piece), device=piece.device)

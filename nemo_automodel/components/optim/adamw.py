@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_automodel.components.kernels.adamw import Hyper, Slot, adamw, join
 from nemo_automodel.components.kernels.squares import sum_of_squares
+from nemo_automodel.components.placement import local
 from nemo_automodel.components.together import Together
 
 
@@ -128,9 +129,9 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"{name} is in {parameter.dtype}; AdamW takes parameters in float32 and bfloat16")
-            if not _local(parameter).is_contiguous():
+            if not local(parameter).is_contiguous():
                 raise ValueError(
-                    f"{name} is a view with strides {_local(parameter).stride()}; AdamW updates memory in a row, so "
+                    f"{name} is a view with strides {local(parameter).stride()}; AdamW updates memory in a row, so "
                     "make the parameter contiguous before the optimizer is built"
                 )
             low_precision = parameter.dtype == torch.bfloat16
@@ -152,7 +153,7 @@ class MasterAdamW:
         gradients = {name: self._sums.get(name, p.grad) for name, p in self.parameters.items()}
         present = {name: _complete(g, self.parameters[name]) for name, g in gradients.items() if g is not None}
         for name, group in self._shared.items():
-            dist.all_reduce(_local(present[name]), group=group)
+            dist.all_reduce(local(present[name]), group=group)
         norm = self._total_norm(present)
         self._finite.logical_and_(norm.isfinite())
         factor = torch.ones_like(norm)
@@ -179,7 +180,7 @@ class MasterAdamW:
         by_kind: dict[tuple[torch.dtype, float], list[Tensor]] = {}
         for name, gradient in gradients.items():
             copies = self._ranks / _shards(gradient) * (dist.get_world_size(g) if (g := self._shared.get(name)) else 1)
-            by_kind.setdefault((gradient.dtype, copies), []).append(_local(gradient))
+            by_kind.setdefault((gradient.dtype, copies), []).append(local(gradient))
         for (_, copies), alike in by_kind.items():
             squares += sum_of_squares(alike) / copies
         return Together().add(squares).sqrt().float()
@@ -187,7 +188,7 @@ class MasterAdamW:
     def master(self, name: str) -> Tensor:
         """A parameter as the optimizer knows it, in fp32."""
         parameter = self.parameters[name].detach()
-        return join(_local(parameter), _local(self._low[name])) if name in self._low else parameter.float()
+        return join(local(parameter), local(self._low[name])) if name in self._low else parameter.float()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments, masters' low bits and step counts: the optimizer's own, to be saved or filled in place.
@@ -204,11 +205,11 @@ class MasterAdamW:
         parameter, low = self.parameters[name], self._low.get(name)
         exp_avg, exp_avg_sq = self._moments[name]
         return Slot(
-            parameter=_local(parameter.detach()),
-            gradient=_local(gradient).contiguous(),
-            exp_avg=_local(exp_avg),
-            exp_avg_sq=_local(exp_avg_sq),
-            low=None if low is None else _local(low),
+            parameter=local(parameter.detach()),
+            gradient=local(gradient).contiguous(),
+            exp_avg=local(exp_avg),
+            exp_avg_sq=local(exp_avg_sq),
+            low=None if low is None else local(low),
             step=step,
             weight_decay=self.config.weight_decay if parameter.ndim >= 2 else 0.0,
             stream=crc32(name.encode()),  # its number would be another one on another pipeline stage
@@ -227,10 +228,6 @@ class MasterAdamW:
             parameter.grad = None
 
         return add
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _complete(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from nemo_automodel.components.layout import GATE_UP, Fusion, Layout, interleaved, qkv_fusion
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of, kv_heads_of
+from nemo_automodel.components.placement import local
 
 OWN_ROWS = "_automodel_own_rows"
 """Attribute of a state dict whose fused tensors have their rows in the model's own order."""
@@ -179,5 +180,5 @@ def _is_shared(key: str) -> bool:
 def _same_storage(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a.shape != b.shape:
         return False
-    a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
+    a, b = map(local, (a, b))
     return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())
