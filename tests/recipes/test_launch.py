@@ -138,11 +138,11 @@ def _start(words: list[str], *flags: str) -> subprocess.Popen[str]:
 
 
 def _wait_for_step(run: Path, step: int) -> None:
-    for _ in range(3000):
+    for _ in range(15_000):
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
             return
         time.sleep(0.02)
-    raise AssertionError(f"{run} did not come to step {step} in a minute")
+    raise AssertionError(f"{run} did not come to step {step} in five minutes")
 
 
 def _pid_of_rank(rank: int, launcher: int) -> int:
@@ -153,6 +153,7 @@ def _pid_of_rank(rank: int, launcher: int) -> int:
 
 
 LONG: dict[str, Any] = {"train__device": "cpu", "train__max_steps": 80, "train__save_every": 20}
+ENDLESS: dict[str, Any] = {"train__device": "cpu", "train__max_steps": 5000, "train__save_every": 5000}
 
 
 @pytest.mark.slow
@@ -163,16 +164,15 @@ def test_a_signal_to_the_launcher_saves_and_ends_all(
     number: signal.Signals,
     code: int,
 ) -> None:
-    launcher = _start(overrides(**LONG), "--max-restarts", "2")
+    launcher = _start(overrides(**ENDLESS), "--max-restarts", "2")
     _wait_for_step(tmp_path / "run", 25)
     launcher.send_signal(number)
     launcher.send_signal(number) if number == signal.SIGTERM else None  # schedulers do
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=300)
     assert launcher.returncode == code, err
     saved = TrainingCheckpoints(tmp_path / "run/checkpoints").latest()
     assert saved is not None
     assert f"stopped after step {saved.step}, which is saved" in out
-    assert saved.step % 20
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_a_killed_rank_is_noticed_and_the_run_goes_on_bit_for_bit(
     _wait_for_step(tmp_path / "run", done + 1)
     again = time.monotonic() - killed
     for process in (launcher, whole):
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
         assert process.returncode == 0
     files = [tmp_path / run / "hf/model.safetensors" for run in ("run", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -212,10 +212,10 @@ def test_a_killed_rank_is_noticed_and_the_run_goes_on_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for ranks in /proc")
 def test_a_stopped_rank_is_named_and_the_code_says_try_again(overrides: Overrides, tmp_path: Path) -> None:  # noqa: F811
-    launcher = _start(overrides(**LONG, train__hang_timeout="3"))
+    launcher = _start(overrides(**ENDLESS, train__hang_timeout="3"))
     _wait_for_step(tmp_path / "run", 25)
     os.kill(_pid_of_rank(1, launcher.pid), signal.SIGSTOP)
-    _, err = launcher.communicate(timeout=120)
+    _, err = launcher.communicate(timeout=300)
     assert launcher.returncode == ExitCode.TEMPORARY
     assert "rank 1 no longer reports" in err
     assert "rank 0 waits in step" in err

@@ -76,7 +76,7 @@ def test_all_ranks_name_the_one_that_hangs(overrides: Overrides, tmp_path: Path)
     started = time.monotonic()
     with pytest.raises(AssertionError, match="died"):
         run_ranks(2, _hang, words, tmp_path, 3)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 100
     said = "rank 1 is still in step 3 (data); rank 0 waits in step 3 (forward/backward)"
     for rank in (0, 1):
         assert said in (tmp_path / f"stderr-{rank}").read_text()

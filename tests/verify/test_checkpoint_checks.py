@@ -164,7 +164,7 @@ def test_a_slow_implementation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
                 outputs = super().forward(*args, **kwargs)
             return outputs
 
-    monkeypatch.setattr(speed, "ROUNDS", 3)
+    monkeypatch.setattr(speed, "MOST_ROUNDS", 5)
     target = find_target("LlamaForCausalLM")
     with Subject(Target.of(SlowForCausalLM, target.config, reference=target.reference_class)) as subject:
         outcome = speed.training_speed(subject)

@@ -1,11 +1,12 @@
 """Whether the implementation is as fast as it should be, on the device at hand."""
 
 import copy
-import statistics
+import math
 import time
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nemo_automodel.verify.check import Check
@@ -22,34 +23,45 @@ _SCALED = (
     "num_key_value_heads",
     "mamba_d_head",
 )
-BATCH, ROUNDS = 4, 7
+BATCH, ROUNDS, MOST_ROUNDS = 4, 7, 70
+"""A round is a step of each; rounds go on up to the last number while the implementation looks too slow."""
 
 SLOWEST = 1.5
-"""How many times the reference's time a step may take. Fused projections should make it faster; other programs on the
-machine make single steps slower by tens of percent, so only what is plainly wrong (a loop over heads, a copy of the
-cache, attention without its kernel) is called a failure."""
+"""How many times the reference's time a step may take. Fused projections should make it faster; only what is plainly
+wrong (a loop over heads, a copy of the cache, attention without its kernel) is called a failure."""
 
 
 def training_speed(subject: Subject) -> Outcome:
-    """Forward and backward of a model of middle size, by turns with the reference's; medians are compared."""
+    """Forward and backward of a model of middle size, by turns with the reference's.
+
+    The least times are compared: other programs on the machine only ever add to one.
+    """
     config, ids = _middle(subject.config), subject.tokens(BATCH, 2 * LENGTH)
     attn, models = _pair(subject, config)
-    seconds: list[list[float]] = [[], []]
-    for number in range(ROUNDS + 1):
-        for column, model in zip(seconds, models, strict=True):
-            model.zero_grad()
-            start = time.perf_counter()
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            if subject.device.type != "cpu":
-                torch.accelerator.synchronize()
+    least = [math.inf, math.inf]
+    for number in range(MOST_ROUNDS + 1):
+        for column, model in enumerate(models):
+            seconds = _step(model, ids)
             if number:  # the first round allocates and chooses kernels
-                column.append(time.perf_counter() - start)
-    ours, reference = (1000 * statistics.median(column) for column in seconds)
+                least[column] = min(least[column], seconds)
+        if number >= ROUNDS and least[0] <= SLOWEST * least[1]:
+            break
+    ours, reference = (1000 * seconds for seconds in least)
     return judge(
         [Difference("ms per step", ours, SLOWEST * reference)],
         f"{ours:.1f} ms a step, {ours / reference:.2f} of the reference's {reference:.1f} ms (with {attn})",
         hint=f"the reference takes {reference:.1f}; run it again where nothing else runs before believing it",
     )
+
+
+def _step(model: Any, ids: Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    model.zero_grad()
+    start = time.perf_counter()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    if ids.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
 
 
 def _middle(tiny: PreTrainedConfig) -> PreTrainedConfig:

@@ -106,7 +106,7 @@ def check_index(folder: Path, changes: list[Edit]) -> bool:
 
 def fuzz(folder: Path, examples: int) -> None:
     read = {"header": 0, "index": 0}
-    options = {"deadline": 5000, "suppress_health_check": list(HealthCheck), "max_examples": examples}
+    options = {"deadline": 60_000, "suppress_health_check": list(HealthCheck), "max_examples": examples}
 
     @settings(**options)
     @given(changes=edits, fix_length=st.sampled_from([True, True, True, False]), cut=st.sampled_from([0, 0, 0, 1, 50]))
