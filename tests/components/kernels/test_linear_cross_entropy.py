@@ -158,11 +158,17 @@ def _parts(vocabulary: int, softcap: float | None, dtype: torch.dtype) -> list[A
 
 # 26 tokens over 2 ranks, 27 unevenly; 5 over 4, the last of which has none. In float64 the reference serves
 @pytest.mark.parametrize(
-    ("ranks", "vocabulary", "dtype"), [(2, 26, FP32), (2, 27, FP32), (4, 5, FP32), (2, 27, torch.float64)]
+    ("ranks", "vocabulary", "dtype"),
+    [
+        pytest.param(2, 26, FP32, marks=pytest.mark.slow),
+        (2, 27, FP32),
+        pytest.param(4, 5, FP32, marks=pytest.mark.slow),
+        pytest.param(2, 27, torch.float64, marks=pytest.mark.slow),
+    ],
 )
 def test_a_vocabulary_in_parts(ranks: int, vocabulary: int, dtype: torch.dtype) -> None:
     preload = ["torch.distributed.tensor", "tests.components.kernels.cases"]
-    results = run_ranks(ranks, _parts, vocabulary, 3.0, dtype, timeout=120, preload=preload)
+    results = run_ranks(ranks, _parts, vocabulary, 3.0, dtype, timeout=300, preload=preload)
     found = [[torch.from_numpy(array) for array in rank] for rank in results]
     loss, grad_hidden, grad_weight = found[0][3:6]
     for rank in found:
