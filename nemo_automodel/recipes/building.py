@@ -10,8 +10,9 @@ from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import ALONE, Mesh, Options, Pipeline, parallelize
 from nemo_automodel.components.float8_training import check_float8, to_float8
+from nemo_automodel.components.models.common.capabilities import ATTENTIONS, BY_IMPLEMENTATION, Need, refuse
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
-from nemo_automodel.components.models.common.varlen import VARLEN, device_gap, refuse
+from nemo_automodel.components.models.common.varlen import VARLEN
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.recipes.meshes import stages_of_rank
@@ -80,12 +81,12 @@ def build_model(
     is the one numbered ``stage``.
 
     Raises:
-        ValueError: varlen attention is asked for where it does not run.
+        ValueError: the attention that is asked for does not run here, or not with such data and ranks.
     """
     options, several = config.model, mesh.size > 1
     dtype = DTYPES.get(options.dtype, auto_dtype(device))
-    if (options.attn_implementation or options.backend.attn) == VARLEN:
-        refuse(device_gap(device, dtype))
+    asked = BY_IMPLEMENTATION.get(options.attn_implementation) or ATTENTIONS.get(options.backend.attn)
+    refuse(asked, Need(device=device, dtype=dtype, backward=True, packing=packing, tp=mesh.tp, cp=mesh.cp))
     if config.lora is not None and config.lora.base_dtype == "float8":
         _check_float8(device, several)
     if options.float8 != "off":

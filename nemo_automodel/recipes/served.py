@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,11 @@ from nemo_automodel.components.kernels import launch
 from nemo_automodel.components.kernels.add_norm import WIDEST
 from nemo_automodel.components.kernels.gated import ACTIVATIONS
 from nemo_automodel.components.models.common.attention import DecoderAttention
+from nemo_automodel.components.models.common.capabilities import BY_IMPLEMENTATION, HALF, missing
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.decoder import DecoderModel
 from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
-from nemo_automodel.components.models.common.varlen import device_gap, gap
+from nemo_automodel.components.models.common.varlen import VARLEN
 from nemo_automodel.components.peft.lora import LoRALinear
 
 if TYPE_CHECKING:
@@ -126,10 +127,10 @@ def why_not_varlen(model: "PreTrainedModel", options: "ModelConfig", packing: bo
     }
     if (reason := next((words for words, holds in reasons.items() if holds), None)) is not None:
         return reason
-    missing = device_gap(*_home(model)) or gap(
-        next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
-    )
-    return None if missing is None else f"varlen has no {missing.what}"
+    device, dtype = _home(model)
+    layer = next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
+    gap = missing(BY_IMPLEMENTATION[VARLEN], replace(layer.need(), device=device, dtype=dtype, backward=True))
+    return None if gap is None else f"varlen has no {gap.what}"
 
 
 def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:
@@ -141,7 +142,8 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
         packing: whether rows hold several documents.
     """
     why = why_not_varlen(model, options, packing) or "packed documents without a mask"
-    half = device_gap(*_home(model)) is None
+    device, dtype = _home(model)
+    half = device.type == "cuda" and dtype in HALF
     name = model.config._attn_implementation
     found = {"attention": f"{name}{', cuDNN first' if name == 'sdpa' and half else ''} ({why})"}
     if options.float8 != "off":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_automodel.components.models.common.varlen import VARLEN, Documents
+from nemo_automodel.components.models.common.varlen import Documents, takes_bounds
 from nemo_automodel.components.placement import sent
 
 
@@ -28,10 +28,10 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """``batch`` on ``device``, and for varlen attention where its documents begin, found here on the host."""
+    """``batch`` on ``device``, and for attention that wants to know where documents begin, found here on the host."""
     inputs: dict[str, Any] = to_device(batch, device)
     config = getattr(model, "config", None)
-    if "position_ids" in batch and getattr(config, "_attn_implementation", None) == VARLEN:
+    if "position_ids" in batch and takes_bounds(getattr(config, "_attn_implementation", None)):
         bounds, longest = Documents.of(batch["position_ids"])
         inputs |= Documents(sent(bounds, device), longest).as_inputs()
     return inputs

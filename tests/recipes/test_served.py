@@ -20,14 +20,13 @@ from transformers import (
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.kernels import launch
-from nemo_automodel.components.models.common import varlen
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import building, served
 from nemo_automodel.recipes.served import KERNELS, in_one_line, why_not_varlen
 from nemo_automodel.recipes.train import ModelConfig, Run, TrainConfig
-from tests.components.models.test_varlen import varlen_reference
+from tests.components.models.test_varlen import runs_anywhere, varlen_reference
 from tests.conftest import tiny
 
 AUTO = ModelConfig(path="x")
@@ -49,17 +48,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose kernels run, as far as the description can tell; varlen too."""
     monkeypatch.setattr(launch, "INTERPRETED", True)
     monkeypatch.setattr(launch, "triton", object())
-    for module in (served, building, varlen):
-        monkeypatch.setattr(module, "device_gap", lambda device, dtype: None)
+    runs_anywhere(monkeypatch)
 
 
 def test_here_it_is_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     found = served.served(model_of(LlamaConfig), AUTO, packing=True)
     assert found == {
-        "attention": "sdpa (varlen has no kernel for float32 on cpu, only for bfloat16 and float16 on CUDA)",
+        "attention": "sdpa (varlen has no kernel for float32 on cpu, only for bfloat16 and float16 on cuda)",
         **dict.fromkeys(("norms", "gated MLP", "RoPE", "loss"), "torch (no GPU)"),
     }
-    assert in_one_line(found).endswith("on CUDA); norms, gated MLP, RoPE, loss: torch (no GPU)")
+    assert in_one_line(found).endswith("on cuda); norms, gated MLP, RoPE, loss: torch (no GPU)")
     asked = served.served(model_of(LlamaConfig, backend={"kernels": "torch"}), AUTO, packing=False)
     assert asked["norms"] == "torch (asked for)"
     monkeypatch.setattr(launch, "INTERPRETED", True)
@@ -136,7 +134,7 @@ def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
     for name, options in {"auto": {}, "sdpa": {"model__backend__attn": "sdpa"}}.items():
         said: list[str] = []
         run = Run(load_config(TrainConfig, None, overrides(name, **packing, **options)), said.append)
-        chosen = "varlen (packed documents without a mask)" if name == "auto" else "sdpa, cuDNN first (asked for)"
+        chosen = "varlen (packed documents without a mask)" if name == "auto" else "sdpa (asked for)"
         assert said[-1] == f"attention: {chosen}; norms, gated MLP, RoPE, loss: torch (no GPU)"
         if name == "auto":
             seen = given_to(run.model.model)

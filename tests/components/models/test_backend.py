@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import asdict
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,9 +16,8 @@ from nemo_automodel.components.models.common import (
     initialize_linear_module,
     initialize_rms_norm_module,
 )
-from nemo_automodel.components.models.common import (
-    backend as backend_module,
-)
+from nemo_automodel.components.models.common.backend import CHOICES
+from nemo_automodel.components.models.common.capabilities import Package
 from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.llama import LlamaForCausalLM
 from tests.conftest import tiny, tokens
@@ -51,14 +51,33 @@ def test_bad_values_are_refused_by_field_name(field, value):
 
 @pytest.mark.parametrize("field", TE)
 def test_transformer_engine_missing(field, monkeypatch):
-    monkeypatch.setattr(backend_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(Package, "installed", lambda self: False)
     with pytest.raises(ImportError, match=rf"backend\.{field}=.*needs Transformer Engine.*pip install .*transformer_e"):
         BackendConfig(**{field: True if field == "rope_fusion" else "te"})
 
 
+@pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
+def test_flash_attention_missing(name, monkeypatch):
+    monkeypatch.setattr(Package, "installed", lambda self: False)
+    with pytest.raises(
+        ImportError, match=rf"'{name}' needs FlashAttention {name[-1]}, which is not .*: pip install .*,"
+    ):
+        BackendConfig(attn=name)
+    monkeypatch.setattr(Package, "installed", lambda self: True)
+    config = tiny()
+    BackendConfig(attn=name).apply_to(config)
+    assert config._attn_implementation == f"flash_attention_{name[-1]}"
+
+
+def test_the_type_names_every_choice():
+    hints = get_type_hints(BackendConfig)
+    for field, choices in CHOICES.items():
+        assert set(get_args(hints[field]) or (False, True)) == set(choices)
+
+
 @pytest.mark.parametrize("field", ["attn", "rope_fusion"])
 def test_what_is_not_wired_is_refused_even_with_transformer_engine(field, monkeypatch):
-    monkeypatch.setattr(backend_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(Package, "installed", lambda self: True)
     with pytest.raises(ValueError, match=rf"backend\.{field}=.*not wired"):
         BackendConfig(**{field: True if field == "rope_fusion" else "te"})
     BackendConfig(linear="te", rms_norm="te")

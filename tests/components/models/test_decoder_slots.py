@@ -445,7 +445,7 @@ def test_a_softcap_of_the_scores_in_flex_attention_and_refused_elsewhere():
     with torch.no_grad(), uncompiled("flex_attention"):
         assert_near(ours(ids).logits, expected)
     ours.config._attn_implementation = "sdpa"
-    with pytest.raises(ValueError, match=r"attn_implementation='sdpa' has no softcap .*\(0.5\): use 'eager' or"):
+    with pytest.raises(ValueError, match=r"attention 'sdpa' has no softcap .*\(0.5\): use backend.attn='flex' or"):
         ours(ids)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from transformers import (
 from transformers.masking_utils import find_packed_sequence_indices
 
 from nemo_automodel import NeMoAutoModelForCausalLM
-from nemo_automodel.components.models.common import decoder, varlen
+from nemo_automodel.components.models.common import decoder
+from nemo_automodel.components.models.common.capabilities import ANY, ATTENTIONS, BY_IMPLEMENTATION, DOUBLE
 from nemo_automodel.components.models.common.varlen import Documents
 from tests.conftest import assert_same_step, tiny, tokens, twins
 
@@ -84,8 +86,16 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return varlen_reference(*args, **options)
 
     monkeypatch.setattr(torch_varlen, "varlen_attn", called)
-    monkeypatch.setattr(varlen, "device_gap", lambda device, dtype: None)
+    runs_anywhere(monkeypatch)
     return calls
+
+
+def runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the table knows."""
+    own = BY_IMPLEMENTATION["varlen"]
+    table = replace(own, on={ANY: own.on["cuda"]._replace(dtypes=DOUBLE, compute=(0, 0))})
+    monkeypatch.setitem(BY_IMPLEMENTATION, "varlen", table)
+    monkeypatch.setitem(ATTENTIONS, "varlen", table)
 
 
 def models(name: str) -> tuple[Any, Any]:
@@ -180,7 +190,7 @@ GAPS = {
     "a hole": ({"attention_mask": torch.tensor([[1, 0, 1]])}, "attention_mask with padding on the left or in between"),
     "4-D mask": ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "masks ready made"),
     "masks by layer type": ({"attention_mask": {"full_attention": None}}, "masks ready made"),
-    "cache": ({"past_key_values": DynamicCache()}, r"cache of keys and values \(give use_cache=False"),
+    "cache": ({"past_key_values": DynamicCache()}, "cache of keys and values"),
 }
 
 
@@ -207,7 +217,10 @@ def test_generation_is_refused(anywhere: list[Any]) -> None:
     ("config", "message"),
     [
         (tiny(Gemma2Config, head_dim=8), r"softcap on the scores, as this model needs .*: use backend.attn='flex'"),
-        (tiny(attention_dropout=0.1), r"dropout of attention weights \(0.1\): use backend.attn='sdpa', or set"),
+        (
+            tiny(attention_dropout=0.1),
+            r"dropout of attention weights \(0.1\): use backend.attn='sdpa' or 'eager', or set att",
+        ),
         (tiny(head_dim=12), r"head_dim of 12, only multiples of 8 up to 256"),
         (tiny(head_dim=264), r"head_dim of 264,"),
     ],

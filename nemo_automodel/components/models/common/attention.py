@@ -18,6 +18,7 @@ from nemo_automodel.components.kernels.launch import runs_on, untouched
 from nemo_automodel.components.kernels.linear import Linear
 from nemo_automodel.components.kernels.qkv_rope import HeadNorms, split_and_turn
 from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
+from nemo_automodel.components.models.common.capabilities import BY_IMPLEMENTATION, Need, refuse
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import (
     CombinedQKVAttentionMixin,
     head_dim_of,
@@ -27,7 +28,6 @@ from nemo_automodel.components.models.common.context import SharedSequence
 from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb, query_growth
 from nemo_automodel.components.models.common.spec import DecoderSpec
-from nemo_automodel.components.models.common.varlen import VARLEN, gap, refuse
 
 
 def eager_attention_forward(
@@ -124,8 +124,7 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         self.turns = spec.rope.turns(layer_idx)
         self.qk_norm = spec.qk_norm
         self.qk_norm_after_rope = spec.qk_norm_after_rope
-        if config._attn_implementation == VARLEN:
-            refuse(gap(self))
+        refuse(BY_IMPLEMENTATION.get(config._attn_implementation), self.need())
 
         self.setup_qkv_projection(config.hidden_size, heads, kv_heads, self.head_dim, bias=spec.qkv_bias)
         self.o_proj = Linear(heads * self.head_dim, config.hidden_size, bias=spec.o_bias)
@@ -134,6 +133,11 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
                 weight = {"head": self.head_dim, "per_head": (count, self.head_dim), "full": count * self.head_dim}
                 norm = initialize_norm_module(backend.rms_norm, spec.norm, weight[self.qk_norm], eps=spec.norm_eps)
                 self.add_module(name, norm)
+
+    def need(self) -> Need:
+        """What this layer asks of its attention, wherever it is."""
+        softcap, dropout = self.softcap.get("softcap"), self.attention_dropout
+        return Need(head_dim=self.head_dim, window=self.sliding_window, softcap=softcap, dropout=dropout)
 
     def forward(
         self,
@@ -234,10 +238,13 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         Raises:
             ValueError: it would leave the softcap out.
         """
-        name = self.config._attn_implementation
-        if self.softcap and name not in (None, "eager", "flex_attention") and "flash" not in name:
-            raise ValueError(
-                f"attn_implementation={name!r} has no softcap on the scores, which this model needs "
-                f"({self.softcap['softcap']}): use 'eager' or 'flex_attention'"
-            )
+        name = self.config._attn_implementation or "eager"
+        known = BY_IMPLEMENTATION.get(name)
+        if self.softcap and "softcap" not in (known.has if known else name):
+            refuse(known, self.need())
+            if "flash" not in name:
+                raise ValueError(
+                    f"attention {name!r} is none of {', '.join(map(repr, BY_IMPLEMENTATION))}, and may leave out the "
+                    f"softcap on the scores that this model needs ({self.softcap['softcap']})"
+                )
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)

@@ -2,27 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from importlib.util import find_spec
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import nn
 
+from nemo_automodel.components.models.common.capabilities import (
+    ATTENTIONS,
+    BY_IMPLEMENTATION,
+    Need,
+    of_field,
+    refuse,
+    refuse_absent,
+)
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
-from nemo_automodel.components.models.common.varlen import VARLEN
-
-_TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "attn": ("sdpa", "te", "flex", "varlen", "auto"),
-    "linear": ("torch", "te"),
-    "rms_norm": ("torch", "torch_fp32", "te"),
-    "rope_fusion": (False, True),
+    "attn": (*ATTENTIONS, "auto"),
+    "linear": tuple(of_field("linear")),
+    "rms_norm": tuple(of_field("rms_norm")),
+    "rope_fusion": tuple(of_field("rope_fusion")),
     "kernels": ("auto", "torch"),
 }
-
-ATTN_IMPLEMENTATION = {"sdpa": "sdpa", "flex": "flex_attention", "varlen": VARLEN}
-"""`BackendConfig.attn` -> transformers' name of the attention implementation."""
 
 
 @dataclass(kw_only=True)
@@ -30,11 +31,12 @@ class BackendConfig:
     """Which implementation a model uses, field by field.
 
     Attributes:
-        attn: attention, ``"sdpa"`` (torch), ``"flex"`` (torch flex attention), ``"varlen"`` (torch's, for packed
-            documents, without a mask: CUDA, half precision, no cache) or ``"te"`` (Transformer Engine). ``"auto"`` is
-            ``"sdpa"`` until who builds the model knows its data: `automodel train`, which has it for a default, takes
-            varlen for packed documents where that runs. An ``attn_implementation`` given to ``from_pretrained``
-            decides before this field does.
+        attn: attention, by its name in `capabilities.TABLE`: ``"sdpa"`` (torch), ``"flex"`` (torch flex attention),
+            ``"varlen"`` (torch's, for packed documents, without a mask: CUDA, half precision, no cache), ``"flash2"``,
+            ``"flash3"``, ``"flash4"`` (FlashAttention's packages), ``"te"`` (Transformer Engine) or ``"eager"``.
+            ``"auto"`` is ``"sdpa"`` until who builds the model knows its data: `automodel train`, which has it for a
+            default, takes varlen for packed documents where that runs. An ``attn_implementation`` given to
+            ``from_pretrained`` decides before this field does.
         linear: what `initialize_linear_module` builds, ``"torch"`` or ``"te"``.
         rms_norm: what `initialize_rms_norm_module` builds: ``"torch"`` (statistics in fp32, one cast at the end),
             ``"torch_fp32"`` (the weight, too, is multiplied in fp32) or ``"te"``.
@@ -47,7 +49,7 @@ class BackendConfig:
         ImportError: the chosen backend's package is not installed; the message has the install line.
     """
 
-    attn: Literal["sdpa", "te", "flex", "varlen", "auto"] = field(
+    attn: Literal["sdpa", "flex", "varlen", "flash2", "flash3", "flash4", "te", "eager", "auto"] = field(
         default="sdpa", metadata={"help": "attention; auto: varlen for packed documents on CUDA in bfloat16, else sdpa"}
     )
     linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
@@ -62,19 +64,7 @@ class BackendConfig:
             value = getattr(self, name)
             if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
                 raise ValueError(f"backend.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        wants_te = [f"backend.{name}='te'" for name in ("attn", "linear", "rms_norm") if getattr(self, name) == "te"]
-        if self.rope_fusion:
-            wants_te.append("backend.rope_fusion=True")
-        if wants_te and find_spec("transformer_engine") is None:
-            raise ImportError(
-                f"{wants_te[0]} needs Transformer Engine, which is not installed: {_TE_INSTALL}, or choose "
-                "another backend"
-            )
-        if self.attn == "te" or self.rope_fusion:
-            raise ValueError(
-                f"{wants_te[0]}: Transformer Engine's attention and RoPE are not wired in this version; "
-                "use backend.attn='sdpa', 'flex' or 'varlen', and backend.rope_fusion=False"
-            )
+            refuse_absent(name, value)
 
     @classmethod
     def of(cls, value: "BackendConfig | Mapping[str, Any] | None") -> Self:
@@ -110,10 +100,10 @@ class BackendConfig:
         """
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
-            named: dict[str, Any] = {name: attn for attn, name in ATTN_IMPLEMENTATION.items()}
-            return replace(self, attn=named.get(attn_implementation, "sdpa"))
+            known = BY_IMPLEMENTATION.get(attn_implementation, ATTENTIONS["sdpa"])
+            return replace(self, attn=cast(Any, known.name))
         if self.attn not in ("sdpa", "auto"):
-            config._attn_implementation = ATTN_IMPLEMENTATION[self.attn]
+            config._attn_implementation = ATTENTIONS[self.attn].implementation
         return self
 
 
@@ -161,9 +151,8 @@ def initialize_norm_module(
     """
     if spec == NormSpec() and isinstance(dim, int):
         return initialize_rms_norm_module(rms_norm_impl, dim, eps=eps)
-    if rms_norm_impl not in ("torch", "torch_fp32"):
-        weights = "" if isinstance(dim, int) else ", with a weight for each head"
-        raise ValueError(f"backend.rms_norm={rms_norm_impl!r} has no {spec}{weights}; use backend.rms_norm='torch'")
+    weights = "" if isinstance(dim, int) else ", with a weight for each head"
+    refuse(of_field("rms_norm")[rms_norm_impl], Need(kind=f"{spec}{weights}"))
     fp32 = spec.fp32 or rms_norm_impl == "torch_fp32"
     norm = RMSNorm if spec.kind == "rms" else LayerNorm
     return norm(dim, eps=eps, fp32=fp32, bias=spec.bias, offset=spec.offset, initial=spec.initial)

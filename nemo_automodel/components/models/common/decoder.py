@@ -232,9 +232,12 @@ class DecoderModel(DecoderPreTrainedModel):
         if self.context is not None and (use_cache or past_key_values is not None):
             raise ValueError("ranks that share sequences (mesh.cp) have no cache: give use_cache=False")
         spanned = inputs_embeds if self.context is None else self.context.whole_shape(inputs_embeds)
-        cached, documents, packed = past_key_values, None, position_ids
-        if self.config._attn_implementation == VARLEN:
-            documents = documents_of_batch(spanned, attention_mask, position_ids, cached is not None, kwargs)
+        cached, packed = past_key_values, position_ids
+        documents = documents_of_batch(self, spanned, attention_mask, packed, cached is not None, kwargs)
+        if (
+            documents is not None and self.config._attn_implementation != VARLEN
+        ):  # the packages' functions take them beside the mask
+            kwargs, documents = kwargs | documents.as_inputs(), None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

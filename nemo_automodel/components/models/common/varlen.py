@@ -13,26 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import varlen as torch_varlen
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from nemo_automodel.components.models.common.capabilities import BY_IMPLEMENTATION, Capability, Need, refuse
 
 VARLEN = "varlen"
 """The name, among transformers' attention implementations too."""
 
-WIDEST = 256
-"""The largest head_dim that FlashAttention takes; it must be a multiple of 8."""
-
 # torch 2.11 takes fewer key heads without being told; later versions want to be
 _GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters else {}
-
-
-class Gap(NamedTuple):
-    """Something that this attention does not have, and the attention that does, by `BackendConfig.attn`."""
-
-    what: str
-    instead: str = "'sdpa' or 'flex'"
-
-
-CACHE = Gap("cache of keys and values (give use_cache=False, or generate with another attention)", "'sdpa'")
 
 
 class Documents(NamedTuple):
@@ -65,49 +54,30 @@ class Documents(NamedTuple):
 
     def as_inputs(self) -> dict[str, Any]:
         """What a forward pass takes instead of looking for documents itself, under transformers' names."""
-        return {"cu_seq_lens_q": self.bounds, "max_length_q": self.longest}
+        bounds, longest = self
+        return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-def gap(attention: Any) -> Gap | None:
-    """What the layer (a `DecoderAttention`) needs and does not find here; None where nothing is missing."""
-    softcap, dropout, head_dim = attention.softcap.get("softcap"), attention.attention_dropout, attention.head_dim
-    missing = {
-        Gap(f"softcap on the scores, as this model needs ({softcap})", "'flex'"): bool(softcap),
-        Gap(f"dropout of attention weights ({dropout})", "'sdpa', or set attention_dropout=0.0"): bool(dropout),
-        Gap(f"head_dim of {head_dim}, only multiples of 8 up to {WIDEST}"): head_dim % 8 or head_dim > WIDEST,
-    }
-    return next((each for each, missed in missing.items() if missed), None)
-
-
-def device_gap(device: torch.device, dtype: torch.dtype) -> Gap | None:
-    """Why it does not run there; None where it does."""
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return None
-    return Gap(
-        f"kernel for {str(dtype).removeprefix('torch.')} on {device.type}, only for bfloat16 and float16 on CUDA"
-    )
-
-
-def refuse(missing: Gap | None) -> None:
-    """Raise a ValueError that names what is ``missing``, and the way out; None: do nothing."""
-    if missing is not None:
-        raise ValueError(f"attention 'varlen' has no {missing.what}: use backend.attn={missing.instead}")
+def takes_bounds(implementation: str | None) -> bool:
+    """Whether the attention of that name, transformers', tells packed documents apart by `Documents`."""
+    capability = BY_IMPLEMENTATION.get(implementation)
+    return capability is not None and capability.has.get("packing") == "bounds"
 
 
 def documents_of_batch(
+    model: PreTrainedModel,
     inputs_embeds: Tensor,
     attention_mask: Any,
     position_ids: Tensor | None,
     cached: bool,
     given: Mapping[str, Any],
-) -> Documents:
-    """The documents of one forward pass.
+) -> Documents | None:
+    """The documents of one forward pass, for attention that takes their bounds; None where a mask says it all.
 
     Args:
+        model: whose attention it is for.
         inputs_embeds: ``[B, S, hidden]``.
-        attention_mask: None, or ``[B, S]`` with padding on the right only, which no token sees.
+        attention_mask: None, or ``[B, S]``.
         position_ids: ``[B or 1, S]``, starting again where a document begins; None: a row is a document.
         cached: whether there is a cache to read from.
         given: may have what `Documents.as_inputs` returns, made on the host, which then does not wait for the device.
@@ -115,12 +85,18 @@ def documents_of_batch(
     Raises:
         ValueError: what this attention does not have, by name, and what does.
     """
+    implementation = model.config._attn_implementation
+    capability = BY_IMPLEMENTATION.get(implementation)
+    backward = _trains_where_it_cannot(capability, model, inputs_embeds.device)
+    asked = _asked_of_mask(capability, attention_mask)
+    refuse(capability, Need.of(inputs_embeds, cache=cached, backward=backward, **asked))
+    if not takes_bounds(implementation):
+        return None
+    if implementation != VARLEN and (cached or attention_mask is not None):
+        return None  # FlashAttention's own way with padding and caches
     batch, length = inputs_embeds.shape[:2]
-    refuse(device_gap(inputs_embeds.device, inputs_embeds.dtype))
-    refuse(CACHE if cached else None)
-    refuse(_mask_gap(attention_mask))
     if position_ids is None and given.get("cu_seq_lens_q") is None:
-        return Documents.rows(batch, length, inputs_embeds.device)
+        return Documents.rows(batch, length, inputs_embeds.device) if implementation == VARLEN else None
     return _documents(batch, length, position_ids, given)
 
 
@@ -156,13 +132,11 @@ def varlen_attention_forward(
         The output ``[B, S, H, D]``, and no weights.
     """
     batch, _, length, _ = query.shape
-    refuse(device_gap(query.device, query.dtype))
-    refuse(Gap("softcap on the scores", "'flex'") if softcap else None)
-    refuse(Gap("dropout of attention weights", "'sdpa'") if dropout else None)
-    refuse(CACHE if key.shape[2] != length else None)
-    refuse(None if getattr(module, "is_causal", True) else Gap("attention to later tokens"))
+    own = BY_IMPLEMENTATION[VARLEN]
+    cache, later = key.shape[2] != length, not getattr(module, "is_causal", True)
+    refuse(own, Need.of(query, softcap=softcap or None, dropout=dropout, cache=cache, later=later))
     if not isinstance(attention_mask, Documents):
-        refuse(_mask_gap(attention_mask))
+        refuse(own, Need(**_asked_of_mask(own, attention_mask)))
         attention_mask = _documents(batch, length, position_ids, kwargs)
     bounds, longest = attention_mask
     attend: Any = torch_varlen.varlen_attn
@@ -187,21 +161,31 @@ def _documents(batch: int, length: int, position_ids: Tensor | None, given: Mapp
     return Documents.of(position_ids.expand(batch, -1))
 
 
-def _mask_gap(attention_mask: Any) -> Gap | None:
-    """What of the mask is missing here; padding on the right needs nothing."""
-    if attention_mask is None:
-        return None
+def _trains_where_it_cannot(capability: Capability | None, model: nn.Module, device: torch.device) -> bool:
+    """Parameters are looked at only where it matters."""
+    on = None if capability is None else capability.on_device(device)
+    if on is None or on.backward or not torch.is_grad_enabled():
+        return False
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _asked_of_mask(capability: Capability | None, attention_mask: Any) -> dict[str, Any]:
+    """What a mask needs, as fields of `Need`; padding on the right needs nothing, and the rest is asked for where it
+    would be refused: the host waits for the answer."""
+    if capability is None or attention_mask is None:
+        return {}
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return Gap("masks ready made, only position_ids that start again")
+        return {"mask": True}
+    if "left_padding" in capability.has:
+        return {}
     attended = attention_mask.bool()
-    if bool((attended[:, 1:] <= attended[:, :-1]).all()):
-        return None
-    return Gap("attention_mask with padding on the left or in between (on the right it is fine)")
+    return {"left_padding": not bool((attended[:, 1:] <= attended[:, :-1]).all())}
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
     """What transformers' own classes get for a mask."""
-    refuse(_mask_gap(attention_mask))
+    own = BY_IMPLEMENTATION[VARLEN]
+    refuse(own, Need(**_asked_of_mask(own, attention_mask)))
 
 
 AttentionInterface.register(VARLEN, varlen_attention_forward)
