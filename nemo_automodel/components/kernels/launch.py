@@ -64,6 +64,13 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
+def in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in fp32, not rounded on the way where the device can leave that out."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 @jit
 def fp32(number):  # type: ignore[no-untyped-def]
     """A kernel's scalar argument in fp32, as Triton passes it; Inductor makes it fp64, and all that it touches."""

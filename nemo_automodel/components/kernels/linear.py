@@ -26,7 +26,7 @@ from nemo_automodel.components.kernels.gated import (
     gated_forward,
     gated_low_rank_backward,
 )
-from nemo_automodel.components.kernels.launch import rows, runs_on, untouched
+from nemo_automodel.components.kernels.launch import in_fp32, rows, runs_on, untouched
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class _Linear(torch.autograd.Function):
         if low_rank is not None:
             columns, offset = None, 0.0
             if isinstance(recipe, tuple):  # (total * rstd * weight)^T grad_t, without making the norm again
-                of_a = _in_fp32(torch.mul(grad_t, rstd[:, None], out=torch.empty_like(grad_t)).t(), flat)
+                of_a = in_fp32(torch.mul(grad_t, rstd[:, None], out=torch.empty_like(grad_t)).t(), flat)
                 columns, offset = norm_weight, recipe[1]
             elif recipe is None:
                 of_a = grad_t.t() @ x
@@ -285,13 +285,6 @@ def _both_gradients(
         return _base_gradient(grad, weight, low_rank.scale), grad @ b
     both, width = grad @ low_rank.joined, weight.shape[1]
     return both[:, :width], both[:, width:]
-
-
-def _in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, not rounded where the device can leave that out."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
 
 
 def _packed(low_rank: LowRank, like: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

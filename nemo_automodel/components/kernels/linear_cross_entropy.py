@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import fp32, jit, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import fp32, in_fp32, jit, runs_on, tl, wrapped
 
 IGNORE = -100
 """Label of a token that is not to be predicted."""
@@ -20,6 +20,8 @@ IGNORE = -100
 CHUNK, CHUNK_TRAINED = 2**28, 2**30
 """Logits of one chunk, at most; more where the head is trained, for its gradient is read and written for each."""
 BLOCK, WARPS = 8192, 16
+WARPS_TWICE = 32
+"""Of the kernel that reads a row twice: one program a processor, so that all of their rows stay in the cache."""
 
 
 def linear_cross_entropy_reference(
@@ -130,16 +132,16 @@ def _capped(logits, multiplier, softcap, CAP: tl.constexpr):  # type: ignore[no-
 
 
 @jit
-def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
-    LOGITS, TARGETS, MAXIMUM, SUM, AT_TARGET, stride, first, whole, multiplier, softcap,
-    V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, multiplier, softcap = tl.program_id(0).to(tl.int64), fp32(multiplier), fp32(softcap)
+def _sum_of_exponentials(  # type: ignore[no-untyped-def]
+    ROW, multiplier, softcap, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row's highest logit, and the sum of exponentials less it."""
     highest = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        logits = tl.load(LOGITS + row * stride + cols, mask=cols < V, other=0.0)
+        # to be read again soon, where the gradient follows
+        logits = tl.load(ROW + cols, mask=cols < V, other=0.0, eviction_policy="evict_last")
         logits = tl.where(cols < V, _capped(logits, multiplier, softcap, CAP), -float("inf"))
         # one of the two is as it is, the other less by this; not a number where a logit is none
         less = tl.exp(-tl.abs(logits - highest))
@@ -148,16 +150,48 @@ def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
         total = tl.where(logits > highest, total * less + 1.0, total + less)
         highest = tl.maximum(highest, logits)
     maximum = tl.max(highest, 0)
-    tl.store(MAXIMUM + row, maximum)
-    tl.store(
-        SUM + row,
-        tl.sum(tl.where((highest > -float("inf")) | (total != total), total * tl.exp(highest - maximum), 0.0), 0),
-    )
-    target = tl.load(TARGETS + row)
+    seen = (highest > -float("inf")) | (total != total)
+    return maximum, tl.sum(tl.where(seen, total * tl.exp(highest - maximum), 0.0), 0)
+
+
+@jit
+def _logit_at(  # type: ignore[no-untyped-def]
+    ROW, target, first, whole, multiplier, softcap, V: tl.constexpr, CAP: tl.constexpr
+):
+    """The target's logit; 0 where it is in another part of the vocabulary, NaN where it is in none."""
     elsewhere = tl.where((target >= 0) & (target < whole), 0.0, float("nan"))
     here = (target >= first) & (target < first + V)
-    at_target = tl.load(LOGITS + row * stride + tl.where(here, target - first, 0))
-    tl.store(AT_TARGET + row, tl.where(here, _capped(at_target, multiplier, softcap, CAP), elsewhere))
+    at_target = tl.load(ROW + tl.where(here, target - first, 0))
+    return tl.where(here, _capped(at_target, multiplier, softcap, CAP), elsewhere)
+
+
+@jit
+def _to_gradient(  # type: ignore[no-untyped-def]
+    ROW, target, lse, counted, multiplier, softcap, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row of logits becomes its gradient; ``target`` counts from the row's first."""
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        logits = tl.load(ROW + cols, mask=cols < V, other=0.0, eviction_policy="evict_first")
+        logits = _capped(logits, multiplier, softcap, CAP)
+        grad = tl.exp(logits - lse) - tl.where(cols == target, 1.0, 0.0)
+        if CAP:
+            grad *= 1 - (logits / softcap) * (logits / softcap)
+        grad = tl.where(counted, grad * multiplier, 0.0)
+        tl.store(ROW + cols, grad.to(ROW.dtype.element_ty), mask=cols < V)
+
+
+@jit
+def cross_entropy_statistics_kernel(  # type: ignore[no-untyped-def]
+    LOGITS, TARGETS, MAXIMUM, SUM, AT_TARGET, stride, first, whole, multiplier, softcap,
+    V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, multiplier, softcap = tl.program_id(0).to(tl.int64), fp32(multiplier), fp32(softcap)
+    ROW, target = LOGITS + row * stride, tl.load(TARGETS + row)
+    maximum, total = _sum_of_exponentials(ROW, multiplier, softcap, V, CAP, BLOCK)
+    tl.store(MAXIMUM + row, maximum)
+    tl.store(SUM + row, total)
+    tl.store(AT_TARGET + row, _logit_at(ROW, target, first, whole, multiplier, softcap, V, CAP))
 
 
 @jit
@@ -167,17 +201,25 @@ def cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row, multiplier, softcap = tl.program_id(0).to(tl.int64), fp32(multiplier), fp32(softcap)
     target = tl.load(TARGETS + row)
-    lse = tl.load(LSE + row)
+    lse, counted = tl.load(LSE + row), target != IGNORE
+    _to_gradient(LOGITS + row * stride, target - first, lse, counted, multiplier, softcap, V, CAP, BLOCK)
+
+
+@jit
+def cross_entropy_kernel(  # type: ignore[no-untyped-def]
+    LOGITS, TARGETS, LOSS, stride, multiplier, softcap,
+    V: tl.constexpr, CAP: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both of the above on a whole vocabulary: a row is still in the cache when it is read again."""
+    row, multiplier, softcap = tl.program_id(0).to(tl.int64), fp32(multiplier), fp32(softcap)
+    ROW, target = LOGITS + row * stride, tl.load(TARGETS + row)
     counted = target != IGNORE
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        at = LOGITS + row * stride + cols
-        logits = _capped(tl.load(at, mask=cols < V, other=0.0), multiplier, softcap, CAP)
-        grad = tl.exp(logits - lse) - tl.where(cols == target - first, 1.0, 0.0)
-        if CAP:
-            grad *= 1 - (logits / softcap) * (logits / softcap)
-        grad = tl.where(counted, grad * multiplier, 0.0)
-        tl.store(at, grad.to(LOGITS.dtype.element_ty), mask=cols < V)
+    at_target = _logit_at(ROW, target, 0, V, multiplier, softcap, V, CAP)
+    maximum, total = _sum_of_exponentials(ROW, multiplier, softcap, V, CAP, BLOCK)
+    lse = maximum + tl.log(total)
+    tl.store(LOSS + row, tl.where(counted, lse - at_target, 0.0))
+    tl.debug_barrier()  # no thread may write before all have read the target's logit
+    _to_gradient(ROW, target, lse, counted, multiplier, softcap, V, CAP, BLOCK)
 
 
 @jit
@@ -216,6 +258,17 @@ def cross_entropy_gradient(
     )  # fmt: skip
 
 
+@torch.library.triton_op("nemo_automodel::cross_entropy", mutates_args={"logits"})
+def cross_entropy(logits: Tensor, targets: Tensor, multiplier: float, softcap: float) -> Tensor:
+    """Loss of each row, fp32; logits become the gradient, as by `cross_entropy_gradient`. Of a whole vocabulary."""
+    loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    wrapped(cross_entropy_kernel)[(logits.shape[0],)](
+        logits, targets, loss, logits.stride(0), multiplier, softcap,
+        V=logits.shape[1], CAP=softcap > 0, IGNORE=IGNORE, BLOCK=BLOCK, num_warps=WARPS_TWICE,
+    )  # fmt: skip
+    return loss
+
+
 @torch.library.triton_op("nemo_automodel::scaled", mutates_args={})
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous ``x`` times an fp32 scalar, rounded once; torch would round the factor to ``x``'s dtype first."""
@@ -251,11 +304,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not len(chunk):
                 continue
             logits = torch.mm(chunk, weight.t(), out=room[: len(chunk)])
-            statistics = cross_entropy_statistics(logits, wanted, first, whole, multiplier, softcap)
-            lse, at_target = _log_sum_exp(group, *statistics)
-            loss += torch.where(wanted != IGNORE, lse - at_target, 0.0).sum()
-            if with_hidden or with_weight:
-                cross_entropy_gradient(logits, wanted, lse, first, multiplier, softcap)
+            if group is None and (with_hidden or with_weight):
+                loss += cross_entropy(logits, wanted, multiplier, softcap).sum()
+            else:
+                statistics = cross_entropy_statistics(logits, wanted, first, whole, multiplier, softcap)
+                lse, at_target = _log_sum_exp(group, *statistics)
+                loss += torch.where(wanted != IGNORE, lse - at_target, 0.0).sum()
+                if with_hidden or with_weight:
+                    cross_entropy_gradient(logits, wanted, lse, first, multiplier, softcap)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[done : done + len(chunk)])
             if grad_weight is not None:
@@ -290,13 +346,16 @@ class _Sum:
     """A weight's gradient, added up in fp32 over chunks (or none); a single one does so inside its product."""
 
     def __init__(self, weight: Tensor, chunks: int):
-        self.single = chunks == 1
-        self.total = weight.new_empty(0) if self.single else torch.zeros_like(weight, dtype=torch.float32)
+        self.chunks, self.added = chunks, 0
+        self.total = weight.new_empty(0) if chunks else torch.zeros_like(weight)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if self.single:
+        if self.chunks == 1:
             self.total = a @ b
+        elif not self.added:
+            self.total = in_fp32(a, b)
         elif a.is_cuda and a.dtype != torch.float32:
             torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
         else:
-            self.total += a.float() @ b.float()
+            self.total += in_fp32(a, b)
+        self.added += 1

@@ -179,6 +179,22 @@ def test_a_vocabulary_in_parts(ranks: int, vocabulary: int, dtype: torch.dtype) 
         torch.testing.assert_close(parts.double(), expected, rtol=2**-20, atol=2**-20)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_one_kernel_does_what_the_two_do(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit; the two serve a vocabulary in parts, and losses without gradients."""
+    monkeypatch.setattr(kernels, "BLOCK", 32)
+    logits, targets = torch.randn(4, 61).bfloat16(), torch.tensor([3, IGNORE, 60, 61])
+    apart = logits.clone()
+    maximum, total, at_target = kernels.cross_entropy_statistics(apart, targets, 0, 61, 0.7, softcap)
+    lse = maximum + total.log()
+    kernels.cross_entropy_gradient(apart, targets, lse, 0, 0.7, softcap)
+    loss = kernels.cross_entropy(logits, targets, 0.7, softcap)
+    assert torch.equal(logits, apart)
+    expected = torch.where(targets != IGNORE, lse - at_target, 0.0)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0, equal_nan=True)
+    assert loss.isnan().tolist() == [False, False, False, True]
+
+
 def test_bits_are_the_same_twice() -> None:
     case = loss_case(5, 16, 61, dtype=BF16)
     assert_equal(case.outcome(case.kernel, case.inputs), case.outcome(case.kernel, case.inputs))
