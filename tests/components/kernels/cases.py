@@ -15,6 +15,7 @@ from nemo_automodel.components.kernels import gated as gated_module
 from nemo_automodel.components.kernels import linear as linear_module
 from nemo_automodel.components.kernels import linear_cross_entropy as loss_module
 from nemo_automodel.components.kernels import qkv_rope as rope_module
+from nemo_automodel.components.kernels import tied as tied_module
 from nemo_automodel.components.kernels.add_norm import add_norm, add_norm_reference
 from nemo_automodel.components.kernels.gated import gated, gated_reference
 from nemo_automodel.components.kernels.linear import Gated, Normed, linear
@@ -378,6 +379,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         "rope": rope_module._SplitAndTurn,
         "linear": linear_module._Linear,
         "loss": loss_module._LinearCrossEntropy,
+        "tied": tied_module._EmbedTied,
     }.items():
 
         def apply(*args: Any, name: str = name, function: Any = function) -> Any:

@@ -58,6 +58,8 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
 }
 NEAR = 1e-4
 """Of the largest number: torch's own operations in fp32 are up to 4e-5 from float64 in these random models."""
+SCALED = {"gemma", "gemma2"}
+"""Families whose embeddings are multiplied, which is a class of its own."""
 LAYER_NORM = {"cohere"}
 """Families whose norms have no kernel."""
 
@@ -117,7 +119,7 @@ def _step(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     ("family", "packed"),
     _first(
         itertools.product(FAMILIES, (False, True)),
-        ("llama", True),
+        ("llama, tied, biases", True),
         ("qwen2", False),
         ("qwen3", False),
         ("gemma", False),
@@ -138,6 +140,8 @@ def test_full(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_same_gradients(ours, hf, NEAR)
     assert calls["rope"] == 2
     assert calls["loss"] == 1
+    tied = ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert calls.get("tied", 0) == (tied and family not in SCALED)
     assert calls.get("linear", 0) >= 2  # at least what reads the gated activation
     assert (calls.get("norm", 0) >= 5) == (family not in LAYER_NORM)
 

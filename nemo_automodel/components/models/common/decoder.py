@@ -23,9 +23,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from nemo_automodel.components.elsewhere import Elsewhere
-from nemo_automodel.components.kernels.launch import untouched
+from nemo_automodel.components.kernels.launch import runs_on, untouched
 from nemo_automodel.components.kernels.linear import Linear
 from nemo_automodel.components.kernels.linear_cross_entropy import linear_cross_entropy
+from nemo_automodel.components.kernels.tied import embed_tied
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.backend import BackendConfig, initialize_norm_module
 from nemo_automodel.components.models.common.combined_projection.state_dict_adapter import (
@@ -386,8 +387,11 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
         """
         if labels is not None and self.model.context is not None:
             raise ValueError("ranks that share sequences (mesh.cp) take targets, shifted before the cut, not labels")
+        of_head: Tensor | None = None
+        if targets is not None and input_ids is not None and inputs_embeds is None and self._embeds_tied():
+            inputs_embeds, of_head = embed_tied(input_ids, self.lm_head.weight, self.model.embed_tokens.padding_idx)
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
+            input_ids=input_ids if of_head is None else None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -402,7 +406,8 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
         if targets is not None:
-            return CausalLMOutputWithPast(loss=self._cross_entropy(hidden_states.flatten(0, 1), targets.flatten()))
+            summed = self._cross_entropy(hidden_states.flatten(0, 1), targets.flatten(), of_head)
+            return CausalLMOutputWithPast(loss=summed)
         logits = self._logits(hidden_states)
         loss = None
         if labels is not None:
@@ -415,12 +420,31 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
             attentions=outputs.attentions,
         )
 
-    def _cross_entropy(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    def _embeds_tied(self) -> bool:
+        """Whether embeddings and the loss of the head, which share a trained weight, make its gradient in one piece."""
+        embed, head = self.model.embed_tokens, self.lm_head
+        return (
+            self._loss_in_kernels()
+            and untouched(embed, nn.Embedding)
+            and embed.weight is head.weight
+            and embed.weight.requires_grad
+            and runs_on(embed.weight)
+            and embed.max_norm is None
+            and not torch.is_autocast_enabled(embed.weight.device.type)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _loss_in_kernels(self) -> bool:
+        head = self.lm_head
+        return self.backend.kernels == "auto" and untouched(head, nn.Linear, Linear) and head.bias is None
+
+    def _cross_entropy(self, hidden_states: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """``weight``: the head's, where not by its own name."""
         head, spec = self.lm_head, self.model.spec
         if isinstance(head.weight, DTensor) and type(head) in (nn.Linear, Linear) and head.bias is None:
             return self._cross_entropy_in_parts(hidden_states, head.weight, targets)
-        if self.backend.kernels == "auto" and untouched(head, nn.Linear, Linear) and head.bias is None:
-            weight = head.weight
+        if self._loss_in_kernels():
+            weight = head.weight if weight is None else weight
             return linear_cross_entropy(hidden_states, weight, targets, spec.logits_multiplier, spec.logits_softcap)
         return F.cross_entropy(self._logits(hidden_states).float(), targets, reduction="sum")
 
