@@ -246,15 +246,16 @@ def _tensor_parallel(model: Any, mesh: Mesh, work: Work, checkpointing: Any) -> 
         model
     )  # the head's input, backward; the loss
     again = 2 if checkpointing else 1
-    joined = {name for name, style in styles.items() if style == JOINED and _of_all_heads(model, name)}
-    for name in joined:  # queries or keys, gathered for their norm, and their gradients
+    for name in (
+        name for name, style in styles.items() if style == JOINED and _of_all_heads(model, name)
+    ):  # queries or keys, gathered for their norm, and their gradients
         states = work.tokens * model.get_submodule(name).weight.numel() * model.dtype.itemsize
         total += (1 + again) * sent("all-gather", states, n)
     for name, parameter in model.named_parameters():  # DoRA: the length of each row, of which a rank has a part
         owner, magnitude, _ = name.partition(".lora_magnitude")
         if magnitude and styles.get(owner) == "rowwise":
             total += again * work.micro_batches * sent("all-reduce", parameter.numel() * 4, n)
-    return total + sum(_sums_of_whole(model, mesh, work, joined))
+    return total + sum(_sums_of_whole(model, mesh, work))
 
 
 def _of_all_heads(model: Any, name: str) -> bool:
@@ -262,20 +263,18 @@ def _of_all_heads(model: Any, name: str) -> bool:
     return bool(model.get_submodule(name).weight.numel() > attention.head_dim)
 
 
-def _sums_of_whole(model: nn.Module, mesh: Mesh, work: Work, joined: set[str]) -> Iterator[int]:
-    """Of gradients of parameters that tensor-parallel ranks have whole, each its term of the sum."""
+def _sums_of_whole(model: nn.Module, mesh: Mesh, work: Work) -> Iterator[int]:
+    """Of gradients of parameters that tensor-parallel ranks have whole, each its term of the sum, in fp32 at least."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or not isinstance(parameter, DTensor) or _ranks(parameter, "tp") == 1:
             continue
-        if not _placement(parameter, "tp").is_replicate() or name.rpartition(".")[0] in joined:
+        if not _placement(parameter, "tp").is_replicate():
             continue
         if name.endswith(".bias") and not mesh.sequence_parallel:
             continue  # added to the sum of all, once
         sharded = _ranks(parameter, "fsdp") > 1 or _ranks(parameter, "dp_replicate") > 1
         times = work.reductions if sharded else 1  # the optimizer adds up once
-        # what micro-batches have added up, they have in fp32
-        itemsize = max(parameter.itemsize, 4) if times < work.micro_batches else parameter.itemsize
-        yield times * sent("all-reduce", parameter.numel() * itemsize, mesh.tp)
+        yield times * sent("all-reduce", parameter.numel() * max(parameter.itemsize, 4), mesh.tp)
 
 
 def _placement(parameter: DTensor, axis: str) -> Any:

@@ -58,7 +58,8 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
     if (axis := mesh.axis("tp")) is not None:
         # attention written by hand may take the sequence's length from states of which each rank would have a part
         by_sequence = mesh.sequence_parallel and shares_sequences(model)
-        parallelize_tensors(model, options.tp_plan, axis, layer_classes if by_sequence else ())
+        sums = mesh.axis("dp_replicate", "fsdp") is not None
+        parallelize_tensors(model, options.tp_plan, axis, layer_classes if by_sequence else (), sums)
     parallelize_context(model, mesh)
     if options.checkpointing:
         _checkpoint_activations(model, options.checkpointing)

@@ -6,13 +6,15 @@ shards of the parameters and of their input, so that kernels and adapters serve 
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -21,36 +23,42 @@ from torch.distributed.tensor import (
     Placement,
     Replicate,
     Shard,
-    distribute_module,
     distribute_tensor,
 )
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
 from torch.func import functional_call
 
+from nemo_automodel.components.distributed.draws import draw_own, draws_of, drops, own_draws
 from nemo_automodel.components.elsewhere import Elsewhere
 
 WHOLE, TERM, ROWS, COLUMNS, CHANNELS, SEQUENCE = Replicate(), Partial(), Shard(0), Shard(1), Shard(-1), Shard(1)
 
 
+@dataclass(eq=False)
 class NormOfHeads(ParallelStyle):
     """A norm of ``[B, S, heads, D]`` or ``[B, S, heads * D]``, of which each rank has some heads: its weight is whole.
 
     Without it a rank's gradient would be that of its own heads, and a mean over all heads that over its own.
+
+    Attributes:
+        sums: see `Local`.
     """
 
+    sums: bool = False
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        heads = (Shard(2),)
+        plain = _taken_apart(module, device_mesh, {})
 
-        def joined(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
-            x = DTensor.from_local(inputs[0], mesh, heads, run_check=False)
-            # the norm of all heads together needs them together: torch would add epsilon to a mean still in parts
-            return x if x.ndim > 3 else x.redistribute(placements=(Replicate(),))
+        def forward(itself: nn.Module, x: Tensor) -> Tensor:
+            parameters = {name: _local(parameter, self.sums) for name, parameter in itself.named_parameters()}
+            if x.ndim > 3:  # of each head by itself
+                return functional_call(plain, parameters, (x,))  # type: ignore[no-any-return]
+            every = _moved(x, device_mesh, CHANNELS, WHOLE, term=True)
+            heads: Tensor = functional_call(plain, parameters, (every,))
+            return heads.unflatten(-1, (device_mesh.size(), -1))[..., device_mesh.get_local_rank(), :]
 
-        def own(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-            return output.redistribute(placements=heads).to_local()
-
-        # torch annotates both with None, and uses what they return
-        return distribute_module(module, device_mesh, input_fn=joined, output_fn=own)  # type: ignore[arg-type]
+        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        return module
 
 
 @dataclass(eq=False)
@@ -63,6 +71,8 @@ class Local(ParallelStyle):
         used: how the module uses it.
         made: what it makes of that: terms of a sum, or a part.
         wanted: how the output shall lie over the ranks.
+        sums: whether ranks' terms of a whole parameter's gradient are added with every backward pass, in fp32, as FSDP
+            wants them; else they stay apart until the optimizer's step.
     """
 
     cut: Mapping[str, Placement]
@@ -70,35 +80,44 @@ class Local(ParallelStyle):
     used: Placement
     made: Placement
     wanted: Placement
+    sums: bool = False
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, parameter in list(module.named_parameters()):
-            placement = self.cut.get(name.partition(".")[0], WHOLE)
-            owner, leaf = _owner(module, name)
-            owner._parameters[leaf] = nn.Parameter(
-                distribute_tensor(parameter.detach(), device_mesh, [placement]), requires_grad=parameter.requires_grad
-            )
         if self.made.is_partial() and hasattr(module, "column_ranks"):
             setattr(module, "column_ranks", device_mesh.get_group())  # noqa: B010  (a declared one, of adapters)
-        plain = copy.copy(module)
-        plain._parameters = dict(module._parameters)
+        plain, drawing = _taken_apart(module, device_mesh, self.cut), drops(module)
         if summed := self.made.is_partial():
             plain._parameters["bias"] = None  # to be added once, and not by every rank
 
         def forward(itself: nn.Module, x: Tensor) -> Tensor:
             x = _moved(x, device_mesh, self.given, self.used, term=not self.used.is_shard())
-            local = {name: _local(parameter) for name, parameter in itself.named_parameters()}
+            local = {name: _local(parameter, self.sums) for name, parameter in itself.named_parameters()}
             bias = local.pop("bias", None) if summed else None
             if bias is not None and self.wanted == WHOLE:  # every rank adds it to the same
                 bias = itself._parameters["bias"].to_local()  # type: ignore[union-attr]
             plain.training = itself.training
-            y = functional_call(plain, local, (x,))
+            # what each rank has a part of, each drops by itself; what all have, all drop alike
+            with draws_of(device_mesh, self.used.is_shard()) if drawing and itself.training else nullcontext():
+                y = functional_call(plain, local, (x,))
             width = getattr(itself, "out_features", None) if self.made == CHANNELS else None
             y = _moved(y, device_mesh, self.made, self.wanted, width=width)
             return y if bias is None else y + bias
 
         module.forward = MethodType(forward, module)  # type: ignore[method-assign]
         return module
+
+
+def _taken_apart(module: nn.Module, mesh: DeviceMesh, cut: Mapping[str, Placement]) -> nn.Module:
+    """A copy of ``module`` that computes on plain tensors; in the module itself parameters become DTensors."""
+    for name, parameter in list(module.named_parameters()):
+        owner, leaf = _owner(module, name)
+        placement = cut.get(name.partition(".")[0], WHOLE)
+        owner._parameters[leaf] = nn.Parameter(
+            distribute_tensor(parameter.detach(), mesh, [placement]), requires_grad=parameter.requires_grad
+        )
+    plain = copy.copy(module)
+    plain._parameters = dict(module._parameters)
+    return plain
 
 
 def _style(**kinds: Any) -> Callable[[bool], ParallelStyle]:
@@ -134,7 +153,11 @@ _ON_SEQUENCE = Local(cut={}, given=SEQUENCE, used=SEQUENCE, made=SEQUENCE, wante
 
 
 def parallelize_tensors(
-    model: nn.Module, plan: Mapping[str, str], mesh: DeviceMesh, sequence_of: Collection[str] = ()
+    model: nn.Module,
+    plan: Mapping[str, str],
+    mesh: DeviceMesh,
+    sequence_of: Collection[str] = (),
+    sums: bool = False,
 ) -> None:
     """Cut the modules that ``plan`` names over the ranks of ``mesh``; all others are whole on every rank.
 
@@ -148,12 +171,16 @@ def parallelize_tensors(
         sequence_of: class names of layers between whose products each rank has a part of the sequence, so that norms
             and the residual stream are not computed, and kept, by every rank. The sequence's length must be a multiple
             of the ranks.
+        sums: whether a whole parameter's gradient is the ranks' sum after every backward pass (FSDP will want it) and
+            not only when the optimizer adds up their terms.
 
     Raises:
-        ValueError: an entry that matches no module, or a style that is none; nothing is changed then.
+        ValueError: an entry that matches no module, a style that is none, or dropout of who knows what; nothing is
+            changed then.
     """
     modules = dict(model.named_modules())
     styles = styles_of(model, plan)
+    _check_dropout(modules, styles, sequence_of)
     ties = [
         (head, name)
         for name, module in modules.items()
@@ -166,13 +193,40 @@ def parallelize_tensors(
     made = {name: STYLES[style](_within(name, layers) is not None) for name, style in styles.items()}
     for name in _others_with_parameters(modules, layers, styles):
         made[name] = _ON_SEQUENCE
-    parallelize_module(model, mesh, made)
+    parallelize_module(model, mesh, {name: _summing(style, sums) for name, style in made.items()})
+    _draw_own_where_cut(modules.values(), layers.values(), mesh)
     for head, embedding in ties:
         modules[head].weight = modules[embedding].weight
     if layers:
         first, *_, last = [*layers.values(), *layers.values()]
         first.register_forward_pre_hook(partial(_cut_along_sequence, mesh), with_kwargs=True)
         last.register_forward_hook(lambda _, args, output: _moved(output, mesh, SEQUENCE, WHOLE))
+
+
+def _summing(style: ParallelStyle, sums: bool) -> ParallelStyle:
+    return replace(style, sums=sums) if isinstance(style, Local | NormOfHeads) else style
+
+
+def _draw_own_where_cut(modules: Iterable[nn.Module], layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Dropout between planned modules: of attention's weights, which are some heads', and of a part of the sequence."""
+    for module in modules:
+        if getattr(module, "attention_dropout", 0.0) > 0:
+            draw_own(module, mesh)
+    for layer in layers:  # not around the whole layer, which may be checkpointed within
+        setattr(layer, "residual_draws", partial(own_draws, mesh))  # noqa: B010  (a declared one, of the layer)
+
+
+def _check_dropout(modules: Mapping[str, nn.Module], planned: Collection[str], sequence_of: Collection[str]) -> None:
+    for name, module in modules.items():
+        unknown = isinstance(module, nn.Dropout) and module.p > 0 and _within(name, planned) is None
+        if type(module).__name__ in sequence_of and getattr(module, "residual_dropout", 0.0) > 0:
+            unknown = not hasattr(module, "residual_draws")
+        if unknown:
+            raise ValueError(
+                f"{name} has dropout, and tensor parallelism cannot know whether ranks have parts of what it drops "
+                "from: set it to 0, or say so as the library's own layers do (attributes attention_dropout, and "
+                "residual_dropout with residual_draws)"
+            )
 
 
 def styles_of(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
@@ -254,11 +308,29 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's shard. Where that is all of it, the rank's tokens, rows or columns give a term of its gradient."""
+def _local(parameter: Tensor, sums: bool) -> Tensor:
+    """This rank's shard. Where that is all of it, the rank's tokens, rows or columns give a term of its gradient.
+
+    Args:
+        parameter: a DTensor.
+        sums: whether the gradient is the sum, of all ranks, rather than terms of it.
+    """
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.to_local(grad_placements=[TERM if each.is_replicate() else each for each in parameter.placements])
+    if not (sums and parameter.placements == (WHOLE,)):
+        placements = [TERM if each.is_replicate() else each for each in parameter.placements]
+        return parameter.to_local(grad_placements=placements)
+    own = parameter.to_local(grad_placements=[WHOLE])
+    if own.requires_grad:
+        own.register_hook(partial(_summed, parameter.device_mesh.get_group()))
+    return own
+
+
+def _summed(ranks: dist.ProcessGroup, term: Tensor) -> Tensor:
+    """The sum of the ranks' terms, rounded once."""
+    total = term.to(torch.promote_types(term.dtype, torch.float32), copy=True)
+    dist.all_reduce(total, group=ranks)
+    return total.to(term.dtype)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -231,10 +231,12 @@ class MasterAdamW:
 
 
 def _complete(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """``gradient`` placed as the parameter is: what tensor parallelism left as the ranks' terms is added up."""
-    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-        return gradient.redistribute(placements=parameter.placements)
-    return gradient
+    """``gradient`` placed as the parameter is: terms that tensor parallelism left to its ranks are added, in fp32."""
+    if not (isinstance(gradient, DTensor) and isinstance(parameter, DTensor)):
+        return gradient
+    terms = any(each.is_partial() for each in gradient.placements)
+    placed: DTensor = gradient.float() if terms else gradient  # type: ignore[assignment]
+    return placed.redistribute(placements=parameter.placements)
 
 
 def _shards(tensor: Tensor) -> int:

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, V vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -56,7 +57,13 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each between its norms, added to the residual stream one after the other or together."""
+    """Attention and MLP, each between its norms, added to the residual stream one after the other or together.
+
+    Attributes:
+        residual_draws: within what the dropout of both branches draws, where ranks have parts of the stream.
+    """
+
+    residual_draws: Callable[[], AbstractContextManager[None]] | None = None
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, layer_idx: int, backend: BackendConfig):
         super().__init__()
@@ -116,7 +123,10 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def _branch(self, norm: str | None, output: Tensor) -> Tensor:
         """What attention or MLP gives, as it is added to the residual stream."""
-        output = F.dropout(self._norm(norm, output), self.residual_dropout, self.training)
+        output = self._norm(norm, output)
+        if self.training and self.residual_dropout > 0:
+            with nullcontext() if self.residual_draws is None else self.residual_draws():
+                output = F.dropout(output, self.residual_dropout)
         return output if self.residual_multiplier == 1.0 else output * self.residual_multiplier
 
 

@@ -31,7 +31,7 @@ def tp_plan_of(model: nn.Module) -> dict[str, str]:
 
     Raises:
         NotCut: the layers have parameters that would be whole beside activations that are not (xIELU's, norms with a
-            weight for each head), or dropout of whole activations, of which each rank would draw its own.
+            weight for each head).
     """
     plan = layers_plan_of(model)
     for name, parameter in model.named_parameters():
@@ -43,10 +43,6 @@ def tp_plan_of(model: nn.Module) -> dict[str, str]:
             raise NotCut(
                 f"{name} has a row for each head, of which each rank has some: there is no plan for such norms"
             )
-    for name, module in model.named_modules():
-        for dropout in ("residual_dropout", "embedding_dropout"):
-            if getattr(module, dropout, 0.0) > 0:
-                raise NotCut(f"{dropout} > 0 in {name}: each rank would drop other channels; set it to 0 in the config")
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     return plan | {name: EMBEDDING for name, module in model.named_modules() if module is embeddings}
 
