@@ -1,5 +1,6 @@
 """Hugging Face checkpoints in and out of models that hold fused parameters."""
 
+import copy
 import logging
 import os
 from collections import deque
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 # Llama checkpoints of 2023 carry RoPE tables, which are always computed from the config here
 _ADAPTERS = r"\.lora_"
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$",)
+# what modules of Transformer Engine pickle beside their weights, in every state dict they are part of
+_EXTRA_STATE = (r"\._extra_state$",)
 
 
 class HFCheckpointingMixin(_Base):
@@ -223,8 +226,13 @@ class HFCheckpointingMixin(_Base):
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Own names; marked, so that `load_state_dict` can tell them from a checkpoint's that read the same."""
+        """Own names; marked, so that `load_state_dict` can tell them from a checkpoint's that read the same.
+
+        Tensors alone: no module's ``_extra_state``.
+        """
         state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if matches(name, _EXTRA_STATE)]:
+            del state[name]
         setattr(state, OWN_ROWS, True)
         return state
 
@@ -232,12 +240,18 @@ class HFCheckpointingMixin(_Base):
         """Load own names, or Hugging Face's: the rows of ``q_proj`` and the like go to their place in the fused one.
 
         Tools that reload a saved folder (transformers' Trainer, for one) pass Hugging Face's names, shard by shard
-        with ``strict=False``; without this they would be dropped with a warning.
+        with ``strict=False``; without this they would be dropped with a warning. Modules keep the ``_extra_state`` they
+        have, whatever is given.
 
         Raises:
             ValueError: names that are both sides', in a plain dict, so that nobody can tell the order of the rows.
         """
         layout = self.state_dict_adapter.layout
+        extra = {name: state for name, state in super().state_dict().items() if matches(name, _EXTRA_STATE)}
+        if given := [name for name in state_dict if matches(name, _EXTRA_STATE)]:
+            state_dict = copy.copy(state_dict)  # of whatever type, with its marks
+            for name in given:
+                del state_dict[name]  # type: ignore[attr-defined]
         current = self.state_dict()
         if not any(layout.locate(key).own in current for key in state_dict if key not in current):
             if layout.ambiguous and not hasattr(state_dict, OWN_ROWS):
@@ -246,12 +260,12 @@ class HFCheckpointingMixin(_Base):
                     "order, and this dict does not say whose it is: load a folder with from_pretrained, or pass "
                     "model.state_dict_adapter.from_hf(state_dict), or what state_dict() gave, itself"
                 )
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            return super().load_state_dict(_joined(state_dict, extra), strict=strict, assign=assign)
         if strict:
             fused = self.state_dict_adapter.from_hf(state_dict)
             if HEAD not in state_dict and HEAD not in current:  # a classifier has no head to tie
                 fused.pop(HEAD, None)
-            return super().load_state_dict(fused, strict=True, assign=assign)
+            return super().load_state_dict(_joined(fused, extra), strict=True, assign=assign)
         own: dict[str, Tensor] = {}
         absent: list[str] = []
         for key, value in state_dict.items():
@@ -263,7 +277,7 @@ class HFCheckpointingMixin(_Base):
                 own[place.own] = self._rows_to_fill(current[place.own], value)
                 absent += [name for name in layout.hf_keys(place.own) if name not in state_dict]
             place.fusion.write_part(own[place.own], place.part, value)
-        loaded = super().load_state_dict(own, strict=False, assign=assign)
+        loaded = super().load_state_dict(_joined(own, extra), strict=False, assign=assign)
         loaded.missing_keys.extend(absent)
         return loaded
 
@@ -326,7 +340,7 @@ class HFCheckpointingMixin(_Base):
         self._rebuild_buffers(device)
 
     def _may_ignore(self) -> tuple[str, ...]:
-        return (*(self._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)
+        return (*(self._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS, *_EXTRA_STATE)
 
     def _fill_through_from_hf(
         self, reader: TensorReader, dtype: torch.dtype, device: torch.device | str, tied: Mapping[str, str]
@@ -395,6 +409,10 @@ def _refuse_unlike_ties(
                 f"{reader.path}: its config ties {keys[0]} and {keys[1]}, which differ, so they are not trained in "
                 "pipeline stages: set tie_word_embeddings=false in its config.json, or leave mesh.pp at 1"
             )
+
+
+def _joined(state: Mapping[str, Any], more: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**state, **more} if more else state  # itself: torch marks what its modules' versions were
 
 
 def _overrides(adapter: Any, method: str) -> bool:
