@@ -175,8 +175,10 @@ def _planned(config: "TrainConfig") -> "TrainConfig":
     model = config.model
     if model.dtype == "auto":
         model = replace(model, dtype="float32" if config.train.device == "cpu" else "bfloat16")
-    # neither changes what is counted here, and what needs a GPU is refused on other devices
-    model = replace(model, float8="off", attn_implementation=None, backend=replace(model.backend, attn="sdpa"))
+    # none changes what is counted here, and what needs a GPU is refused on other devices
+    plain: dict[str, Any] = {"attn": "sdpa", "linear": "torch", "rms_norm": "torch", "rope_fusion": False}
+    backend = replace(model.backend, **plain, te_fp8=None)
+    model = replace(model, float8="off", attn_implementation=None, backend=backend)
     return replace(config, model=model)
 
 

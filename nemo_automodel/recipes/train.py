@@ -22,6 +22,7 @@ from nemo_automodel.components.data import Audit, BatchStream, DataConfig, build
 from nemo_automodel.components.distributed import Mesh, MeshConfig, Pipeline, diverged, join_ranks, saved_name
 from nemo_automodel.components.metrics import MetricsLog, peak_memory_gb, plot_loss
 from nemo_automodel.components.models.common.backend import BackendConfig
+from nemo_automodel.components.models.common.te.modules import float8_state
 from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.components.together import Together
@@ -129,6 +130,24 @@ class TrainConfig:
         if self.lora is not None and self.model.float8 != "off":
             raise ValueError(
                 f"model.float8={self.model.float8} trains all weights; with lora set lora.base_dtype=float8 instead"
+            )
+        self._check_transformer_engine()
+
+    def _check_transformer_engine(self) -> None:
+        backend = self.model.backend
+        if backend.linear == "te" and self.model.float8 != "off":
+            raise ValueError(
+                f"model.float8={self.model.float8} is torchao's and backend.linear='te' is Transformer Engine's: leave "
+                "model.float8 at off and set model.backend.te_fp8"
+            )
+        if backend.te_fp8 is None:
+            return
+        if self.model.gradient_checkpointing:
+            backend.te_fp8.refuse_recomputation()
+        if backend.te_fp8.looks_back and self.mesh.pp > 1:
+            raise ValueError(
+                f"te_fp8.recipe='delayed' does not go with mesh.pp={self.mesh.pp}: all ranks tell each other what they "
+                "saw, at the end of a forward pass that stages have at different times. Use 'current' or 'block'"
             )
 
 
@@ -398,7 +417,8 @@ class Run:
         # without LoRA buffers too, and what is frozen: the whole model comes back from here
         whole = {saved_name(part, name): t for part in reversed(self.parts) for name, t in untied(part)}
         weights = whole if self.config.lora is None else self.optimizer.parameters
-        return {f"model.{name}": tensor for name, tensor in weights.items()} | self.optimizer.state_tensors()
+        seen = {name: tensor for part in self.parts for name, tensor in float8_state(part).items()}
+        return {f"model.{name}": tensor for name, tensor in weights.items()} | self.optimizer.state_tensors() | seen
 
     def _open_folder(self) -> None:
         folder = self.config.output_dir

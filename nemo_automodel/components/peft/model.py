@@ -45,6 +45,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig, layout: Layout) -> list[str
             planned[name] = {leaf(path): config.update(path) for path in paths}
     if not planned:
         raise ValueError("LoRA found no linear projection to adapt in this model")
+    for name in planned:
+        if (reason := getattr(linears[name], "no_adapters", None)) is not None:
+            raise ValueError(f"{name} takes no adapters: {reason}")
     _refuse_idle_patterns(config, [path for name in planned for path in parts[name]])
     layers = {
         name: adapted_layer(

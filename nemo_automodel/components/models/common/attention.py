@@ -28,6 +28,7 @@ from nemo_automodel.components.models.common.context import SharedSequence
 from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb, query_growth
 from nemo_automodel.components.models.common.spec import DecoderSpec
+from nemo_automodel.components.models.common.te.rope import Angles, turn
 
 
 def eager_attention_forward(
@@ -142,7 +143,7 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None,
+        position_embeddings: tuple[Tensor, Tensor] | Angles | None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -153,7 +154,8 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         ``attention_mask`` is what transformers' mask functions made for the implementation in use.
         """
         norms = self._norms_before_rope(hidden_states)
-        if self.kernels and self.turns and not isinstance(norms, str) and runs_on(hidden_states):
+        by_kernel = self.kernels and self.turns and runs_on(hidden_states)
+        if by_kernel and not isinstance(norms, str) and not isinstance(position_embeddings, Angles):
             assert position_embeddings is not None
             qkv = self.qkv_proj(hidden_states)
             query, key, value = split_and_turn(
@@ -166,7 +168,10 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if self.turns:
                 assert position_embeddings is not None
-                query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+                if isinstance(position_embeddings, Angles):
+                    query, key = turn(query, key, position_embeddings)
+                else:
+                    query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if self.qk_norm is not None and self.qk_norm_after_rope:
             query = self._normed("q_norm", query.transpose(1, 2)).transpose(1, 2)
             key = self._normed("k_norm", key.transpose(1, 2)).transpose(1, 2)

@@ -16,6 +16,8 @@ from nemo_automodel.components.models.common.capabilities import (
     refuse_absent,
 )
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
+from nemo_automodel.components.models.common.te.float8 import TEFloat8
+from nemo_automodel.components.models.common.te.modules import TELinear, te_norm
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "attn": (*ATTENTIONS, "auto"),
@@ -59,12 +61,21 @@ class BackendConfig:
         default="auto", metadata={"help": "the library's own kernels where they run, or torch's operations only"}
     )
 
+    te_fp8: TEFloat8 | None = field(
+        default=None, metadata={"help": "Transformer Engine's float8 products; set any key (or {}) to turn it on"}
+    )
+
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
                 raise ValueError(f"backend.{name}={value!r} is not one of {', '.join(map(repr, choices))}")
             refuse_absent(name, value)
+        if self.te_fp8 is not None and self.linear != "te":
+            raise ValueError(
+                "backend.te_fp8 is a recipe for Transformer Engine's linear layers, and "
+                f"backend.linear={self.linear!r}: set backend.linear='te', or leave te_fp8 out"
+            )
 
     @classmethod
     def of(cls, value: "BackendConfig | Mapping[str, Any] | None") -> Self:
@@ -80,9 +91,10 @@ class BackendConfig:
             return value
         if not isinstance(value, Mapping):
             raise TypeError(f"backend must be a BackendConfig or a dict, not {type(value).__name__}")
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(value) - known):
-            raise ValueError(f"backend.{unknown[0]} is not a field of BackendConfig: {', '.join(sorted(known))}")
+        _refuse_unknown("backend", cls, value)
+        if isinstance(float8 := value.get("te_fp8"), Mapping):  # as YAML gives it
+            _refuse_unknown("backend.te_fp8", TEFloat8, float8)
+            value = {**value, "te_fp8": TEFloat8(**float8)}
         return cls(**value)
 
     def apply_to(self, config: Any, attn_implementation: str | None = None) -> Self:
@@ -107,6 +119,12 @@ class BackendConfig:
         return self
 
 
+def _refuse_unknown(path: str, kind: type[Any], value: Mapping[str, Any]) -> None:
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(set(value) - known):
+        raise ValueError(f"{path}.{unknown[0]} is not a field of {kind.__name__}: {', '.join(sorted(known))}")
+
+
 def initialize_rms_norm_module(
     rms_norm_impl: str,
     dim: int,
@@ -126,12 +144,12 @@ def initialize_rms_norm_module(
     Raises:
         ValueError: an unknown implementation.
     """
-    if rms_norm_impl == "te":
-        from transformer_engine.pytorch import RMSNorm as TERMSNorm
-
-        return TERMSNorm(dim, eps=eps, device=device or "cuda", dtype=dtype or torch.get_default_dtype())
     if rms_norm_impl not in CHOICES["rms_norm"]:
         raise ValueError(f"rms_norm_impl={rms_norm_impl!r} is not one of {CHOICES['rms_norm']}")
+    if rms_norm_impl == "te":
+        norm = te_norm(NormSpec(), dim, eps, device=device, dtype=dtype)
+        assert norm is not None
+        return norm
     return RMSNorm(dim, eps=eps, fp32=rms_norm_impl == "torch_fp32", device=device, dtype=dtype)
 
 
@@ -151,11 +169,13 @@ def initialize_norm_module(
     """
     if spec == NormSpec() and isinstance(dim, int):
         return initialize_rms_norm_module(rms_norm_impl, dim, eps=eps)
+    if rms_norm_impl == "te" and (norm := te_norm(spec, dim, eps)) is not None:
+        return norm
     weights = "" if isinstance(dim, int) else ", with a weight for each head"
     refuse(of_field("rms_norm")[rms_norm_impl], Need(kind=f"{spec}{weights}"))
     fp32 = spec.fp32 or rms_norm_impl == "torch_fp32"
-    norm = RMSNorm if spec.kind == "rms" else LayerNorm
-    return norm(dim, eps=eps, fp32=fp32, bias=spec.bias, offset=spec.offset, initial=spec.initial)
+    kind = RMSNorm if spec.kind == "rms" else LayerNorm
+    return kind(dim, eps=eps, fp32=fp32, bias=spec.bias, offset=spec.offset, initial=spec.initial)
 
 
 def initialize_linear_module(
@@ -179,16 +199,7 @@ def initialize_linear_module(
     Raises:
         ValueError: an unknown implementation.
     """
-    if linear_impl == "te":
-        from transformer_engine.pytorch import Linear as TELinear
-
-        return TELinear(
-            in_features,
-            out_features,
-            bias=bias,
-            device=device or "cuda",
-            params_dtype=dtype or torch.get_default_dtype(),
-        )
     if linear_impl not in CHOICES["linear"]:
         raise ValueError(f"linear_impl={linear_impl!r} is not one of {CHOICES['linear']}")
-    return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    kind = TELinear if linear_impl == "te" else nn.Linear
+    return kind(in_features, out_features, bias=bias, device=device, dtype=dtype)

@@ -274,11 +274,11 @@ TABLE = (
     Capability(
         field="attn",
         name="te",
-        what="Transformer Engine's DotProductAttention",
+        what="Transformer Engine's DotProductAttention: cuDNN's kernels, or FlashAttention's where it is installed",
+        implementation="te",
         package=TE,
-        unwired="Transformer Engine's attention is not wired in this version",
         on={"cuda": On(dtypes=HALF, head_dims=range(8, 257, 8), compute=(8, 0))},
-        has={},
+        has=_having("yes", "window", "dropout") | {"packing": "bounds", "deterministic": _ASKED, **_RANKS},
     ),
     Capability(
         field="attn",
@@ -299,10 +299,10 @@ TABLE = (
     Capability(
         field="linear",
         name="te",
-        what="Transformer Engine's Linear, where a model asks for it (families on fused projections do not)",
+        what="Transformer Engine's Linear in every layer, in float8 with te_fp8; float32 rounds as TF32; no adapters",
         package=TE,
         on={"cuda": On(dtypes=SINGLE, compute=(8, 0))},
-        has=_having("yes", "cp"),
+        has=_having("yes", "tp", "cp", "deterministic"),
     ),
     Capability(
         field="rms_norm",
@@ -321,10 +321,10 @@ TABLE = (
     Capability(
         field="rms_norm",
         name="te",
-        what="Transformer Engine's RMSNorm",
+        what="Transformer Engine's RMSNorm and LayerNorm in float32, also of weights that one is added to",
         package=TE,
         on={"cuda": On(dtypes=SINGLE, compute=(8, 0))},
-        has=_having("yes", "cp"),
+        has=_having("yes", "tp", "cp", "deterministic"),
     ),
     Capability(
         field="rope_fusion",
@@ -336,11 +336,10 @@ TABLE = (
     Capability(
         field="rope_fusion",
         name=True,
-        what="Transformer Engine's fused RoPE",
+        what="Transformer Engine's, of every type, in float32 and rounded once",
         package=TE,
-        unwired="Transformer Engine's RoPE is not wired in this version",
         on={"cuda": On(dtypes=SINGLE, compute=(8, 0))},
-        has={},
+        has=_having("yes", "packing", "tp", "cp", "deterministic"),
     ),
 )
 """Those of one field stand in the order in which they are named as alternatives."""

@@ -36,10 +36,13 @@ from nemo_automodel.components.models.common.combined_projection.state_dict_adap
 from nemo_automodel.components.models.common.context import SharedSequence
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.models.common.norm import LayerNorm, RMSNorm
-from nemo_automodel.components.models.common.rope import RotaryEmbeddings, rotary_embedding
+from nemo_automodel.components.models.common.rope import RotaryEmbedding, RotaryEmbeddings, rotary_embedding
 from nemo_automodel.components.models.common.spec import DecoderSpec
+from nemo_automodel.components.models.common.te import attention as _te_attention  # noqa: F401  (registers itself)
+from nemo_automodel.components.models.common.te.float8 import around_forward
+from nemo_automodel.components.models.common.te.modules import use_te_linears
 from nemo_automodel.components.models.common.tp_plan import layers_plan_of
-from nemo_automodel.components.models.common.varlen import VARLEN, Documents, documents_of_batch
+from nemo_automodel.components.models.common.varlen import FOR_A_MASK, Documents, documents_of_batch
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Layer type -> the function of transformers that makes its attention mask (and finds packed documents)."""
@@ -186,10 +189,15 @@ class DecoderModel(DecoderPreTrainedModel):
         )
         self.norm = initialize_norm_module(backend.rms_norm, spec.norm, config.hidden_size, eps=spec.norm_eps)
         self.rotary_emb = rotary_embedding(config, spec.rope)
+        if backend.linear == "te":
+            use_te_linears(self, backend.te_fp8)
+        self.te_fp8 = backend.te_fp8
         self.gradient_checkpointing = False
         for module in self.modules():
             if hasattr(module, "kernels"):
                 module.kernels = backend.kernels == "auto"  # type: ignore[assignment]
+            if isinstance(module, RotaryEmbedding):
+                module.fused = backend.rope_fusion
         self.post_init()
 
     def init_parallel_plans(self) -> None:
@@ -205,6 +213,11 @@ class DecoderModel(DecoderPreTrainedModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the backbone alone would be saved under names that nothing else reads."""
         raise TypeError("save the whole model (model.save_pretrained), not its backbone")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, within what its precision needs to see of a whole pass."""
+        with around_forward(self.te_fp8, recomputes=self.training and self.gradient_checkpointing):
+            return super().__call__(*args, **kwargs)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -245,10 +258,8 @@ class DecoderModel(DecoderPreTrainedModel):
         spanned = inputs_embeds if self.context is None else self.context.whole_shape(inputs_embeds)
         cached, packed = past_key_values, position_ids
         documents = documents_of_batch(self, spanned, attention_mask, packed, cached is not None, kwargs)
-        if (
-            documents is not None and self.config._attn_implementation != VARLEN
-        ):  # the packages' functions take them beside the mask
-            kwargs, documents = kwargs | documents.as_inputs(), None
+        if documents is not None and self.config._attn_implementation not in FOR_A_MASK:
+            kwargs, documents = kwargs | documents.as_inputs(), None  # the packages' functions take them beside it
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 
 from nemo_automodel.components.models.common.combined_projection.combined_qkv import head_dim_of
 from nemo_automodel.components.models.common.context import SharedSequence
+from nemo_automodel.components.models.common.te.rope import Angles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +76,14 @@ class RotaryEmbedding(nn.Module):
 
     Attributes:
         context: of ranks that share sequences, whose tables are of this rank's part.
+        fused: whether Transformer Engine turns queries and keys, by `Angles` instead of tables.
 
     Raises:
         ValueError: a ``rope_type`` that transformers does not know.
     """
 
     context: SharedSequence | None = None
+    fused = False
     inv_freq: Tensor
     original_inv_freq: Tensor
 
@@ -111,13 +114,15 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     @dynamic_rope_update  # which asks for the longest position: ranks that share a sequence must agree on it
-    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | Angles:
         """cos and sin ``[batch, seq, rotary_dim]``, in ``hidden_states``' dtype or fp32, for ``[batch, seq]``."""
         if self.context is not None:
             position_ids = self.context.part(position_ids)
         inv_freq = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
+        if self.fused:
+            return Angles(angles, self.attention_scaling)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         if not self.fp32_tables:
             cos, sin = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)

@@ -7,6 +7,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim, N doc
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,12 @@ from nemo_automodel.components.models.common.capabilities import BY_IMPLEMENTATI
 
 VARLEN = "varlen"
 """The name, among transformers' attention implementations too."""
+
+TE = "te"
+"""That of Transformer Engine's, which is given documents as this one is."""
+
+FOR_A_MASK = (VARLEN, TE)
+"""Attentions whose layers get the documents for a mask."""
 
 # torch 2.11 takes fewer key heads without being told; later versions want to be
 _GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(torch_varlen.varlen_attn).parameters else {}
@@ -92,12 +99,46 @@ def documents_of_batch(
     refuse(capability, Need.of(inputs_embeds, cache=cached, backward=backward, **asked))
     if not takes_bounds(implementation):
         return None
-    if implementation != VARLEN and (cached or attention_mask is not None):
+    if implementation not in FOR_A_MASK and (cached or attention_mask is not None):
         return None  # FlashAttention's own way with padding and caches
     batch, length = inputs_embeds.shape[:2]
     if position_ids is None and given.get("cu_seq_lens_q") is None:
-        return Documents.rows(batch, length, inputs_embeds.device) if implementation == VARLEN else None
+        return Documents.rows(batch, length, inputs_embeds.device) if implementation in FOR_A_MASK else None
     return _documents(batch, length, position_ids, given)
+
+
+def documents_seen(
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Documents | Tensor | None,
+    position_ids: Tensor | None,
+    given: Mapping[str, Any],
+    **need: Any,
+) -> Documents:
+    """The documents that a layer is to attend in, by the attention called ``name``, under transformers' interface.
+
+    Args:
+        name: one of `FOR_A_MASK`.
+        module: the layer.
+        query: ``[B, H, S, D]``.
+        key: ``[B, K, S, D]``.
+        attention_mask: the documents; None, as transformers' own classes give it, finds them in ``position_ids``.
+        position_ids: ``[B or 1, S]``.
+        given: may have what `Documents.as_inputs` returns.
+        **need: what else the layer asks of the attention, as fields of `Need`.
+
+    Raises:
+        ValueError: what this attention does not have, by name, and what does.
+    """
+    own = BY_IMPLEMENTATION[name]
+    cache, later = key.shape[2] != query.shape[2], not getattr(module, "is_causal", True)
+    refuse(own, Need.of(query, cache=cache, later=later, **need))
+    if isinstance(attention_mask, Documents):
+        return attention_mask
+    refuse(own, Need(**_asked_of_mask(own, attention_mask)))
+    return _documents(len(query), query.shape[2], position_ids, given)
 
 
 def varlen_attention_forward(
@@ -131,14 +172,8 @@ def varlen_attention_forward(
     Returns:
         The output ``[B, S, H, D]``, and no weights.
     """
-    batch, _, length, _ = query.shape
-    own = BY_IMPLEMENTATION[VARLEN]
-    cache, later = key.shape[2] != length, not getattr(module, "is_causal", True)
-    refuse(own, Need.of(query, softcap=softcap or None, dropout=dropout, cache=cache, later=later))
-    if not isinstance(attention_mask, Documents):
-        refuse(own, Need(**_asked_of_mask(own, attention_mask)))
-        attention_mask = _documents(batch, length, position_ids, kwargs)
-    bounds, longest = attention_mask
+    need = {"softcap": softcap or None, "dropout": dropout}
+    bounds, longest = documents_seen(VARLEN, module, query, key, attention_mask, position_ids, kwargs, **need)
     attend: Any = torch_varlen.varlen_attn
     output: Tensor = attend(
         *(heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value)),
@@ -150,14 +185,14 @@ def varlen_attention_forward(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **_GQA,
     )
-    return output.unflatten(0, (batch, length)), None
+    return output.unflatten(0, (len(query), -1)), None
 
 
 def _documents(batch: int, length: int, position_ids: Tensor | None, given: Mapping[str, Any]) -> Documents:
     if given.get("cu_seq_lens_q") is not None:
         return Documents(given["cu_seq_lens_q"], int(given.get("max_length_q") or length))
     if position_ids is None:
-        raise ValueError("attention 'varlen' finds documents in position_ids, which this model does not pass on to it")
+        raise ValueError("documents are found in position_ids, which this model does not pass on to its attention")
     return Documents.of(position_ids.expand(batch, -1))
 
 
@@ -182,11 +217,12 @@ def _asked_of_mask(capability: Capability | None, attention_mask: Any) -> dict[s
     return {"left_padding": not bool((attended[:, 1:] <= attended[:, :-1]).all())}
 
 
-def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """What transformers' own classes get for a mask."""
-    own = BY_IMPLEMENTATION[VARLEN]
+def no_mask(name: str, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """What transformers' own classes get for a mask, with the attention called ``name``."""
+    own = BY_IMPLEMENTATION[name]
     refuse(own, Need(**_asked_of_mask(own, attention_mask)))
 
 
 AttentionInterface.register(VARLEN, varlen_attention_forward)
-AttentionMaskInterface.register(VARLEN, _no_mask)  # without one, transformers would drop any mask unseen
+# without one, transformers would drop any mask unseen
+AttentionMaskInterface.register(VARLEN, partial(no_mask, VARLEN))

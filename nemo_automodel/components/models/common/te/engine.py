@@ -1,0 +1,54 @@
+"""A module of Transformer Engine behind one of ours, which has the parameters, the names and the state dict."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Engine:
+    """Makes Transformer Engine's module at the first call, and lends it the parameters at each.
+
+    No submodule: Transformer Engine's cannot be made without a GPU, fills parameters on meta by itself, and pickles an
+    ``_extra_state`` into state dicts. A copy of a module, which tensor parallelism makes, computes with the same one;
+    a deep copy, or one that was pickled, with a new one.
+
+    Args:
+        make: makes the module, on the meta device.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module]):
+        self._make = make
+        self._made: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._make,)
+
+    def made(self) -> Any:
+        """Transformer Engine's module."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    @torch.compiler.disable  # its own autograd functions ask the host about the device
+    def __call__(self, x: Tensor, **parameters: Tensor) -> Tensor:
+        """What it makes of ``x`` with these parameters: plain tensors, which may be shards.
+
+        Raises:
+            ValueError: ``x`` is not on a GPU.
+        """
+        refuse_off_gpu(x)
+        made = self.made()
+        made._parameters.update(parameters)  # not setattr, which wants parameters, and these may be views of some
+        output: Tensor = made(x)
+        return output
+
+
+def refuse_off_gpu(x: Tensor) -> None:
+    """Raise a ValueError that names the device, where Transformer Engine does not compute on it."""
+    if not x.is_cuda:
+        raise ValueError(
+            f"Transformer Engine computes on CUDA only, and this model is on {x.device.type}: move it there, or choose "
+            "backend.attn='sdpa', backend.linear='torch', backend.rms_norm='torch' and backend.rope_fusion=False"
+        )
