@@ -249,7 +249,7 @@ def test_adapters_of_more_elements_than_int32_counts() -> None:
         gate_up = torch.randn(count, 2 * width, dtype=BF16, device=CUDA)
         grad = torch.randn(count, width, dtype=BF16, device=CUDA)
         left, right = (torch.randn(*s, dtype=BF16, device=CUDA) / 4 for s in ((count, 16), (16, width)))
-        actual, sums = gated_module.gated_low_rank_backward(grad, gate_up, 0, left, right)
+        actual, sums, _ = gated_module.gated_low_rank_backward(grad, gate_up, 0, left, right)
         out = torch.empty_like(grad)
         gated_module.gated_forward(gate_up, out, 0)
         assert distance(sums, left.float().t() @ out.float()) < 2**-8

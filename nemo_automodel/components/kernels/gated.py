@@ -21,8 +21,8 @@ TILE = (16, 64, 2)
 """Rows, pairs and warps of the backward kernel that takes adapters' products on its way (16 rows are the least)."""
 STRETCH = 512
 """Rows that one of those programs goes through, adding up."""
-HIGH_RANK = 128
-"""Above it the products' operands are too much for a program."""
+HIGH_RANK, HIGH_PAIRED = 128, 32
+"""Above them the products' operands are too much for a program."""
 
 
 def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
@@ -99,12 +99,15 @@ def gated_backward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def gated_low_rank_backward_kernel(  # type: ignore[no-untyped-def]
-    GRAD, GATE_UP, GRAD_GATE_UP, LEFT, RIGHT, SUMS, count, width, rank, grad_stride, in_stride,
-    left_stride, right_stride,
-    KIND: tl.constexpr, RANK: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    GRAD, GATE_UP, GRAD_GATE_UP, LEFT, RIGHT, SUMS, T, PAIR_SUMS, count, width, rank, of_gate, of_up,
+    grad_stride, in_stride, left_stride, right_stride, t_stride,
+    KIND: tl.constexpr, RANK: tl.constexpr, PAIRED: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK pairs of STRETCH rows, ROWS at a time: LEFT @ RIGHT is added to GRAD, LEFT^T @ out goes to SUMS."""
+    """BLOCK pairs of STRETCH rows, ROWS at a time: LEFT @ RIGHT is added to GRAD, LEFT^T @ out goes to SUMS.
+
+    PAIRED: T's first columns^T @ the gates' gradients, its other ones^T @ the ups', go to PAIR_SUMS.
+    """
     pairs = tl.program_id(0) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     r = tl.arange(0, RANK)
@@ -113,16 +116,21 @@ def gated_low_rank_backward_kernel(  # type: ignore[no-untyped-def]
     row = (tl.program_id(1) * STRETCH + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     stop = tl.minimum(count, (tl.program_id(1) + 1) * STRETCH)
     there = row < stop
-    both = tl.load(GATE_UP + row * in_stride + pairs, mask=there & (pairs < 2 * width), other=0.0)
-    grad = tl.load(GRAD + row * grad_stride + cols, mask=there & (cols < width), other=0.0)
-    left = tl.load(LEFT + row * left_stride + r[None, :], mask=there & (r[None, :] < rank), other=0.0)
+    both, grad, left = _operands(
+        GATE_UP, GRAD, LEFT, row, there, pairs, cols, r[None, :], width, rank, in_stride, grad_stride, left_stride
+    )
+    if PAIRED:
+        p = tl.arange(0, PAIRED)
+        gate_sums = tl.zeros((PAIRED, BLOCK), dtype=tl.float32)
+        up_sums = tl.zeros((PAIRED, BLOCK), dtype=tl.float32)
+        t_gate, t_up = _halves(T, row, there, p[None, :], of_gate, of_up, t_stride)
     for _ in range(0, STRETCH, ROWS):
         # the next rows are on their way while these are computed
         after = row + ROWS
         there = after < stop
-        next_both = tl.load(GATE_UP + after * in_stride + pairs, mask=there & (pairs < 2 * width), other=0.0)
-        next_grad = tl.load(GRAD + after * grad_stride + cols, mask=there & (cols < width), other=0.0)
-        next_left = tl.load(LEFT + after * left_stride + r[None, :], mask=there & (r[None, :] < rank), other=0.0)
+        next_both, next_grad, next_left = _operands(
+            GATE_UP, GRAD, LEFT, after, there, pairs, cols, r[None, :], width, rank, in_stride, grad_stride, left_stride
+        )
         gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
         gate, up = gate.to(tl.float32), up.to(tl.float32)
         active, slope = _activated(gate, KIND)
@@ -130,16 +138,49 @@ def gated_low_rank_backward_kernel(  # type: ignore[no-untyped-def]
         grad = grad.to(tl.float32)
         if WIDE:  # interpreted, where bit patterns would be multiplied
             grad += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
-            sums += tl.dot(tl.trans(left).to(tl.float32), out.to(tl.float32), input_precision="ieee")
         else:
             grad += tl.dot(left, right, input_precision="ieee")
-            sums = tl.dot(tl.trans(left), out, sums, input_precision="ieee")
-        grads = tl.reshape(tl.join(grad * up * slope, grad * active), (ROWS, 2 * BLOCK))
-        inside = (row < stop) & (pairs < 2 * width)
-        tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads.to(GRAD_GATE_UP.dtype.element_ty), mask=inside)
+        sums = _add_product(sums, left, out, WIDE)
+        of_gates = (grad * up * slope).to(GRAD_GATE_UP.dtype.element_ty)
+        of_ups = (grad * active).to(GRAD_GATE_UP.dtype.element_ty)
+        grads = tl.reshape(tl.join(of_gates, of_ups), (ROWS, 2 * BLOCK))
+        tl.store(GRAD_GATE_UP + row * 2 * width + pairs, grads, mask=(row < stop) & (pairs < 2 * width))
+        if PAIRED:
+            gate_sums = _add_product(gate_sums, t_gate, of_gates, WIDE)
+            up_sums = _add_product(up_sums, t_up, of_ups, WIDE)
+            t_gate, t_up = _halves(T, after, there, p[None, :], of_gate, of_up, t_stride)
         row, both, grad, left = after, next_both, next_grad, next_left
     at = (tl.program_id(1) * rank + r[:, None]).to(tl.int64) * width + cols
     tl.store(SUMS + at, sums, mask=(r[:, None] < rank) & (cols < width))
+    if PAIRED:
+        at = (tl.program_id(1) * (of_gate + of_up) + p[:, None]).to(tl.int64) * width + cols
+        tl.store(PAIR_SUMS + at, gate_sums, mask=(p[:, None] < of_gate) & (cols < width))
+        at += tl.cast(of_gate, tl.int64) * width
+        tl.store(PAIR_SUMS + at, up_sums, mask=(p[:, None] < of_up) & (cols < width))
+
+
+@jit
+def _operands(  # type: ignore[no-untyped-def]
+    GATE_UP, GRAD, LEFT, row, there, pairs, cols, r, width, rank, in_stride, grad_stride, left_stride
+):
+    both = tl.load(GATE_UP + row * in_stride + pairs, mask=there & (pairs < 2 * width), other=0.0)
+    grad = tl.load(GRAD + row * grad_stride + cols, mask=there & (cols < width), other=0.0)
+    return both, grad, tl.load(LEFT + row * left_stride + r, mask=there & (r < rank), other=0.0)
+
+
+@jit
+def _halves(T, row, there, p, of_gate, of_up, t_stride):  # type: ignore[no-untyped-def]
+    at = T + row * t_stride + p
+    gates = tl.load(at, mask=there & (p < of_gate), other=0.0)
+    return gates, tl.load(at + of_gate, mask=there & (p < of_up), other=0.0)
+
+
+@jit
+def _add_product(sums, left, right, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``sums + left^T @ right``; interpreted (WIDE), bit patterns would be multiplied."""
+    if WIDE:
+        return sums + tl.dot(tl.trans(left).to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    return tl.dot(tl.trans(left), right, sums, input_precision="ieee")
 
 
 @torch.library.triton_op("nemo_automodel::gated_forward", mutates_args={"out"})
@@ -176,29 +217,43 @@ def gated_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None, activation
 
 @torch.library.triton_op("nemo_automodel::gated_low_rank_backward", mutates_args={})
 def gated_low_rank_backward(
-    grad: Tensor, gate_up: Tensor, activation: int, left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    gate_up: Tensor,
+    activation: int,
+    left: Tensor,
+    right: Tensor,
+    t: Tensor | None = None,
+    of_gate: int = 0,
+    of_up: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gated_backward` of ``grad + left @ right``, and ``left^T @ gated(gate_up)`` as fp32 ``[r, width]``.
 
     That is what adapters on the layer that reads the activation need of it, in one pass: ``left`` ``[rows, r]`` is the
     gradient of what A gave, ``right`` ``[r, width]`` is A, and the product is A's gradient.
+
+    The layer that made ``gate_up`` may have adapters, too. With what their A gave, ``t`` ``[rows, of_gate + of_up]``,
+    the third result is ``t^T`` times the gradients of gates, then of ups, the gradients of their B: fp32
+    ``[stretches, of_gate + of_up, width]``, to be added up. Else it is empty, as for ranks above `HIGH_PAIRED`.
     """
     (count, width), rank = grad.shape, right.shape[0]
     if rank > HIGH_RANK or not grad.numel():
         out = grad.new_empty(grad.shape)
         grad_gate_up = gated_backward(torch.addmm(grad, left, right), gate_up, out, activation)
-        return grad_gate_up, (left.t() @ out).float()
+        return grad_gate_up, (left.t() @ out).float(), grad.new_empty(0, dtype=torch.float32)
     grad_gate_up = torch.empty((count, 2 * width), dtype=gate_up.dtype, device=gate_up.device)
     tile, block, warps = TILE
     splits = -(-count // STRETCH)
     sums = torch.empty((splits, rank, width), dtype=torch.float32, device=grad.device)
+    paired = 0 if t is None or max(of_gate, of_up) > HIGH_PAIRED else max(16, power_of_two(max(of_gate, of_up)))
+    pair_sums = sums.new_empty((splits, of_gate + of_up, width) if paired else 0)
     wrapped(gated_low_rank_backward_kernel)[(-(-width // block), splits)](
-        grad, gate_up, grad_gate_up, left, right, sums, count, width, rank,
-        grad.stride(0), gate_up.stride(0), left.stride(0), right.stride(0),
-        KIND=activation, RANK=max(16, power_of_two(rank)), STRETCH=STRETCH, ROWS=tile, BLOCK=block, WIDE=INTERPRETED,
-        num_warps=warps,
+        grad, gate_up, grad_gate_up, left, right, sums, left if t is None else t, pair_sums, count, width, rank,
+        of_gate, of_up, grad.stride(0), gate_up.stride(0), left.stride(0), right.stride(0),
+        0 if t is None else t.stride(0),
+        KIND=activation, RANK=max(16, power_of_two(rank)), PAIRED=paired, STRETCH=STRETCH, ROWS=tile, BLOCK=block,
+        WIDE=INTERPRETED, num_warps=warps,
     )  # fmt: skip
-    return grad_gate_up, sums.sum(0)
+    return grad_gate_up, sums.sum(0), pair_sums
 
 
 class _Gated(torch.autograd.Function):

@@ -67,6 +67,54 @@ class Normed:
         return recipe if isinstance(x, Tensor) and recipe is not None and version == x._version else None
 
 
+class Pairs:
+    """Adapters on the two halves of a gated activation's input, whose B get their gradients where that input's is made.
+
+    The kernel that makes the gradient of gate and up has it at hand (`gated_low_rank_backward`); afterwards it would be
+    read once more. It hangs on the layer's output, from `mark` to `of`, and goes back with that one gradient only.
+
+    Args:
+        of_gate: rank of the gates' adapters; 0: they have none.
+        of_up: of the ups'.
+    """
+
+    MARK = "_automodel_pairs"
+
+    def __init__(self, of_gate: int, of_up: int):
+        self.of_gate, self.of_up = of_gate, of_up
+        self._given: tuple[Tensor, int, Tensor] | None = None
+
+    def mark(self, output: Tensor, t: Tensor) -> None:
+        """Tell who reads ``output`` what the adapters' A gave, ``t`` ``[rows, of_gate + of_up]``."""
+        setattr(output, self.MARK, (self, t))
+
+    @classmethod
+    def of(cls, source: Tensor) -> "tuple[Pairs | None, Tensor | None]":
+        """The adapters behind ``source``, which autograd lets nobody change in place, and t; where there are any."""
+        pairs, t = getattr(source, cls.MARK, (None, None))
+        return pairs, t
+
+    def give(self, grad: Tensor, sums: Tensor) -> None:
+        """``sums`` ``[stretches, of_gate + of_up, width]`` were taken of ``grad``, the gradient of the output."""
+        # held, so that autograd adds no other gradient into this memory
+        self._given = (grad, grad._version, sums) if sums.numel() else None
+
+    def take(self, grad: Tensor) -> Tensor | None:
+        """B's gradients ``[2 * width, of_gate + of_up]`` from ``grad`` (elsewhere than in their own places: anything).
+
+        None: this is not what was given, because the output had other readers or hooks, or nothing was given.
+        """
+        (given, version, sums), self._given = self._given or (None, None, None), None
+        if given is None or sums is None or grad.data_ptr() != given.data_ptr() or grad._version != version:
+            return None
+        _, ranks, width = sums.shape
+        of_b = sums.new_empty(width, 2, ranks)
+        halves = of_b[:, 0, : self.of_gate], of_b[:, 1, self.of_gate :]
+        for half, part in zip(halves, sums.split((self.of_gate, self.of_up), 1), strict=True):
+            torch.sum(part, 0, out=half.t())
+        return of_b.flatten(0, 1)
+
+
 class LowRank(Protocol):
     """The adapters of one linear layer, as `linear` needs them; their parameters are given beside it."""
 
@@ -81,6 +129,10 @@ class LowRank(Protocol):
     @property
     def scale(self) -> Tensor | None:
         """Of the rows of a weight in float8, fp32 ``[out, 1]``; None: the weight is in the input's dtype."""
+
+    @property
+    def pairs(self) -> tuple[int, int] | None:
+        """Ranks of the adapters on gates and ups, which `pack` puts in that order; None: the layer is another."""
 
     writes: int
     """How often `pack` was called by a forward pass, or again before a backward pass."""
@@ -141,7 +193,12 @@ def linear(
         return F.linear(made(x), weight, bias)
     source: Tensor = x.gate_up if isinstance(x, Gated) else x
     recipe: int | Normed | None = ACTIVATIONS[x.activation] if isinstance(x, Gated) else normed
-    return _Linear.apply(source, recipe, weight, bias, low_rank, *parameters)
+    own = None if low_rank is None or low_rank.pairs is None else Pairs(*low_rank.pairs)
+    behind, t_behind = Pairs.of(source) if isinstance(x, Gated) and low_rank is not None else (None, None)
+    y, t = _Linear.apply(source, recipe, weight, bias, low_rank, own, behind, t_behind, *parameters)
+    if own is not None:
+        own.mark(y, t)
+    return y  # type: ignore[no-any-return]
 
 
 def can_run(x: "Tensor | Gated", *others: Tensor | None, anywhere: bool = False) -> bool:
@@ -165,8 +222,11 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         low_rank: LowRank | None,
+        own: Pairs | None,
+        behind: Pairs | None,
+        t_behind: Tensor | None,
         *parameters: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         x: Tensor = rows(source)
         t: Tensor | None = None
         width = weight.shape[1]
@@ -197,23 +257,31 @@ class _Linear(torch.autograd.Function):
             weight,
             t,
             a,
+            t_behind,
             *parameters,
         )
         # not the recipe itself, which would hold its tensors for as long as the loss lives
         ctx.recipe = (normed.eps, normed.offset) if normed else recipe
         ctx.low_rank, ctx.writes = low_rank, low_rank and low_rank.writes
-        return y.view(*source.shape[:-1], weight.shape[0])
+        ctx.own, ctx.behind = own, behind
+        if t is not None:
+            ctx.mark_non_differentiable(t)
+        ctx.set_materialize_grads(False)  # no zeros for t
+        return y.view(*source.shape[:-1], weight.shape[0]), t
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        source, total, norm_weight, rstd, weight, t, a, *parameters = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, _t: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        source, total, norm_weight, rstd, weight, t, a, t_behind, *parameters = ctx.saved_tensors
         low_rank, recipe = ctx.low_rank, ctx.recipe
         with_source, _, with_weight, with_bias = ctx.needs_input_grad[:4]
         shape, width = (*grad.shape[:-1], weight.shape[1]), weight.shape[1]
+        grad_x = grad_t = x = of_a = cast("Any", None)
+        of_b = ctx.own and ctx.own.take(grad)
         grad = rows(grad)
         flat = rows(total if source is None else source)
-        grad_x = grad_t = x = of_a = cast("Any", None)
         if low_rank is not None:
             if low_rank.writes != ctx.writes or low_rank.joined is None:  # another forward pass wrote other adapters
                 _, b = _packed(low_rank, grad, weight, parameters)
@@ -227,7 +295,7 @@ class _Linear(torch.autograd.Function):
         if isinstance(recipe, int):
             shape = *shape[:-1], 2 * width
             if low_rank is not None:  # one kernel adds the adapters' part, and makes x as it passes
-                grad_x, of_a = gated_low_rank_backward(grad_x, flat, recipe, grad_t, a)
+                grad_x, of_a = _through_gate(grad_x, flat, recipe, grad_t, a, ctx.behind, t_behind)
             else:
                 x = flat.new_empty(flat.shape[0], width) if with_weight else None
                 if grad_x is not None:
@@ -251,15 +319,29 @@ class _Linear(torch.autograd.Function):
                 columns, offset = norm_weight, recipe[1]
             elif recipe is None:
                 of_a = grad_t.t() @ x
-            adapters = low_rank.gradients(of_a, grad.t() @ t, parameters, columns, offset)
+            of_b = grad.t() @ t if of_b is None else of_b
+            adapters = low_rank.gradients(of_a, of_b, parameters, columns, offset)
         return (
             grad_x.view(shape) if with_source else None,
             None,
             grad.t() @ x if with_weight else None,
             grad.sum(0) if with_bias else None,
-            None,
+            *(None,) * 4,
             *adapters,
         )
+
+
+def _through_gate(
+    grad: Tensor, gate_up: Tensor, activation: int, grad_t: Tensor, a: Tensor, behind: Pairs | None, t: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``gate_up`` and of the layer's A; those of the B ``behind`` go there."""
+    if behind is None:
+        return gated_low_rank_backward(grad, gate_up, activation, grad_t, a)[:2]
+    grad_gate_up, of_a, sums = gated_low_rank_backward(
+        grad, gate_up, activation, grad_t, a, t, behind.of_gate, behind.of_up
+    )
+    behind.give(grad_gate_up, sums)
+    return grad_gate_up, of_a
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:

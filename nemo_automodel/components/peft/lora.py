@@ -217,6 +217,14 @@ class LoRALinear(nn.Linear):
         return 0 if self.joined is None else self.rank
 
     @property
+    def pairs(self) -> tuple[int, int] | None:
+        """Ranks of the two parts whose rows alternate, 0 where one has no adapter; None: rows lie otherwise."""
+        if self.fusion is None or self.fusion.blocks != (1, 1):
+            return None
+        of_first, of_second = (update.r if (update := self.updates.get(part)) else 0 for part in self.parts)
+        return of_first, of_second
+
+    @property
     def rank(self) -> int:
         """Of all parts together."""
         return sum(a.shape[0] for a in self.lora_A.values())

@@ -40,6 +40,7 @@ class Case:
     kernel: Callable[..., Any]
     reference: Callable[..., Any]
     inputs: list[Tensor | None]
+    layers: Sequence[nn.Module] = ()
 
     def outcome(self, function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """Outputs, and gradients for random gradients of the outputs."""
@@ -275,6 +276,34 @@ def linear_case(
     return Case(kernel, reference, [*inputs, weight, bias_value, *adapters])
 
 
+def mlp_case(
+    *rows: int, hidden: int = 16, width: int = 24, ranks: dict[str, int], joined: bool = False, **to: Any
+) -> Case:
+    """Adapters in both layers of a gated MLP: ``ranks`` of "gate_proj" and "up_proj", 8 of the other."""
+    weights = values(2 * width, hidden, scale=hidden**-0.5, **to), values(hidden, width, scale=width**-0.5, **to)
+    layers = _layer(weights[0], None, GATE_UP, ranks), _layer(weights[1], None, None, {"down_proj": 8})
+    adapters = [p for layer in layers for p in (*layer.lora_A.values(), *layer.lora_B.values())]
+    for layer in layers if joined else ():
+        layer.join()
+
+    def kernel(x: Tensor, *_: Tensor) -> Any:
+        return layers[1](Gated(layers[0](x), "silu"))
+
+    def reference(x: Tensor, *adapters: Tensor) -> Tensor:
+        both = [weight.detach().to(x.dtype) for weight in weights]
+        gate_up, left = F.linear(x, both[0]), iter(adapters)
+        a, b = ([next(left) for _ in ranks] for _ in range(2))
+        for (part, update), a_part, b_part in zip(layers[0].updates.items(), a, b, strict=True):
+            at = rows_of(GATE_UP, part, 2 * width).to(x.device)
+            gate_up = gate_up.index_add(-1, at, update.scale * F.linear(F.linear(x, a_part), b_part))
+        x = gated_reference(gate_up, "silu")
+        return F.linear(x, both[1]) + layers[1].updates["down_proj"].scale * F.linear(
+            F.linear(x, next(left)), next(left)
+        )
+
+    return Case(kernel, reference, [values(*rows, hidden, **to), *adapters], layers)
+
+
 def _layer(weight: Tensor, bias: Tensor | None, fusion: Fusion | None, ranks: dict[str, int]) -> LoRALinear:
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -366,6 +395,7 @@ ODD: dict[str, Callable[..., Case]] = {
         f"joined adapters, {name}": partial(linear_case, (3, 7), 40, joined=True, room=32, **options)
         for name, options in ADAPTED.items()
     },
+    "adapters, both layers of an MLP": partial(mlp_case, 3, 7, ranks={"gate_proj": 8, "up_proj": 16}),
 }
 """Every kernel on small and odd shapes."""
 

@@ -11,7 +11,7 @@ from nemo_automodel.components.kernels import gated as gated_module
 from nemo_automodel.components.kernels.add_norm import add_norm_reference
 from nemo_automodel.components.kernels.gated import gated, gated_reference
 from nemo_automodel.components.kernels.launch import runs_on
-from nemo_automodel.components.kernels.linear import Gated, Linear, Normed, can_run, linear, takes_gated
+from nemo_automodel.components.kernels.linear import Gated, Linear, Normed, Pairs, can_run, linear, takes_gated
 from nemo_automodel.components.layout import GATE_UP
 from tests.components.kernels.cases import (
     ADAPTED,
@@ -28,6 +28,7 @@ from tests.components.kernels.cases import (
     counted,
     linear_case,
     made,
+    mlp_case,
     rows_of,
     values,
 )
@@ -243,3 +244,53 @@ def test_gated_made_again_is_gated() -> None:
 def test_bits_are_the_same_twice() -> None:
     case: Case = linear_case((33,), 40, recipe="silu", ranks={"down_proj": 8}, joined=True, dtype=BF16)
     assert_equal(case.outcome(case.kernel, case.inputs), case.outcome(case.kernel, case.inputs))
+
+
+def _taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether B's gradients came with the gradient of gate and up, from now on."""
+    taken, take = [], Pairs.take
+    monkeypatch.setattr(Pairs, "take", lambda self, grad: taken.append((sums := take(self, grad)) is not None) or sums)
+    return taken
+
+
+RANKS = [{"gate_proj": 8, "up_proj": 16}, {"gate_proj": 32, "up_proj": 1}, {"up_proj": 33}]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [*((ranks, BF16) for ranks in RANKS), pytest.param(RANKS[0], FP32, marks=pytest.mark.slow)]
+)
+def test_adapters_of_gate_and_up_get_their_gradient_from_the_next_layer(
+    ranks: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the rank that a program holds; over several stretches of rows."""
+    monkeypatch.setattr(gated_module, "STRETCH", 16)
+    taken = _taken(monkeypatch)
+    for joined in (False, True):
+        case = mlp_case(3, 7, ranks=ranks, joined=joined and sum(ranks.values()) % 8 == 0, dtype=dtype)
+        assert_near(case, CHANCE)
+        assert_equal(case.outcome(case.kernel, case.inputs), case.outcome(case.kernel, case.inputs))
+    assert all(taken) if max(ranks.values()) <= 32 else not any(taken)
+    assert taken
+
+
+@pytest.mark.parametrize("change", ["another reader", "a hook", "a hook in place"])
+def test_a_gradient_that_is_another_by_then_is_multiplied_itself(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = mlp_case(5, ranks=RANKS[0], dtype=FP32).layers
+    taken = _taken(monkeypatch)
+
+    def outcome(changed: bool) -> list[Tensor]:
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        gate_up = layers[0](x)
+        other = gate_up.square().sum() if change == "another reader" else 0.0
+        if change == "a hook":
+            gate_up.register_hook(lambda grad: 2 * grad)
+        if change == "a hook in place":
+            gate_up.register_hook(lambda grad: grad.mul_(2))
+        source = gate_up if changed else gate_up.view_as(gate_up)  # which nothing hangs on
+        loss = layers[1](Gated(source, "silu")).square().sum() + other
+        return list(torch.autograd.grad(loss, [x, *layers[0].lora_A.values(), *layers[0].lora_B.values()]))
+
+    for one, other in zip(outcome(True), outcome(False), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not any(taken)
+    assert len(taken) == 2
