@@ -34,6 +34,7 @@ from nemo_automodel.components.models.common.combined_projection.state_dict_adap
     CombinedProjectionStateDictAdapter,
 )
 from nemo_automodel.components.models.common.context import SharedSequence
+from nemo_automodel.components.models.common.flex import FLEX, block_masks
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.models.common.norm import LayerNorm, RMSNorm
 from nemo_automodel.components.models.common.rope import RotaryEmbedding, RotaryEmbeddings, rotary_embedding
@@ -313,6 +314,13 @@ class DecoderModel(DecoderPreTrainedModel):
             return attention_mask
         if isinstance(attention_mask, Documents):
             return dict.fromkeys(self.spec.layer_types, attention_mask)
+        if self.config._attn_implementation == FLEX and getattr(self.config, "is_causal", True):
+            windows = {"full_attention": None, "sliding_attention": self.spec.sliding_window}
+            types = self.spec.layer_types
+            layers = {layer_type: (types.index(layer_type), windows[layer_type]) for layer_type in types}
+            made = block_masks(layers, inputs_embeds, attention_mask, past_key_values, position_ids)
+            if made is not None:
+                return made
         return {
             layer_type: MASKS[layer_type](
                 config=self.config,
