@@ -160,6 +160,16 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
     merge.set_defaults(run=_merge)
 
+    backends = commands.add_parser(
+        "backends",
+        help="which attention, linear layers, norms and RoPE run on this machine, and why not the others",
+        description="The table of backends for this machine: what runs, what each has not, and of the rest why not, "
+        "with the line that installs it. docs/backends.md says how to choose.",
+    )
+    backends.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
+    backends.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
+    backends.set_defaults(run=_backends)
+
     _add_verify(commands)
     _add_new(commands)
     _add_bench(commands)
@@ -347,6 +357,18 @@ def _merge(options: argparse.Namespace) -> None:
 
     receipt = merge(options.model, options.adapter, options.out, dtype=options.dtype, device=options.device)
     print("\n".join(receipt.lines()))
+
+
+def _backends(options: argparse.Namespace) -> None:
+    from nemo_automodel.recipes.backends import here, show
+    from nemo_automodel.recipes.building import pick_device
+
+    device = pick_device(options.device)
+    rows = here(device)
+    show(rows, device)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -71,6 +71,7 @@ def test_readme_shows_commands_that_exist() -> None:
         "convert",
         "verify",
         "new",
+        "backends",
         "bench",
         "slurm",
         "plan",

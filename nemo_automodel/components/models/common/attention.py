@@ -200,6 +200,8 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         function = self._attention_function()
+        if torch.are_deterministic_algorithms_enabled():  # FlashAttention's packages do not ask torch
+            kwargs.setdefault("deterministic", True)
         if self.context is not None:
             function = partial(self.context.attend, function)
         return function(

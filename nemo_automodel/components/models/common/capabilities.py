@@ -374,8 +374,8 @@ def missing(capability: Capability, need: Need) -> Gap | None:
 def _gap_on(capability: Capability, device: torch.device, need: Need) -> Gap | None:
     on = capability.on_device(device)
     if on is None or (need.dtype is not None and need.dtype not in on.dtypes):
-        kernel = "kernel" if need.dtype is None else f"kernel for {in_words([need.dtype])}"
-        runs = " and ".join(f"{in_words(each.dtypes)} on {kind}" for kind, each in capability.on.items())
+        kernel = "kernel" if need.dtype is None else f"kernel for {dtypes_in_words([need.dtype])}"
+        runs = " and ".join(f"{dtypes_in_words(each.dtypes)} on {kind}" for kind, each in capability.on.items())
         return Gap(f"{kernel} on {device.type}, only for {runs}")
     if on.compute > (compute := compute_of(device)):
         return Gap("kernel for GPUs of compute capability {}.{}, only from {}.{} on".format(*compute, *on.compute))
@@ -395,7 +395,7 @@ def compute_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def in_words(dtypes: Iterable[torch.dtype]) -> str:
+def dtypes_in_words(dtypes: Iterable[torch.dtype]) -> str:
     """``bfloat16 and float16``."""
     *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"{', '.join(names)} and {last}" if names else last
@@ -411,7 +411,7 @@ def head_dims_in_words(taken: range | None) -> str:
     return f"any{upper}" if taken.start <= 1 else f"{taken.start} and more"
 
 
-def not_installed(capability: Capability) -> str | None:
+def absent(capability: Capability) -> str | None:
     """Why it cannot be had at all, whatever is needed: its package is not installed, or it is not wired; else None."""
     if capability.package is not None and not capability.package.installed():
         return f"needs {capability.package.name}, which is not installed: {capability.package.install}"
@@ -423,7 +423,7 @@ def alternatives(capability: Capability, need: Need) -> str:
     found = [
         repr(each.name)
         for each in of_field(capability.field).values()
-        if each.name != capability.name and not_installed(each) is None and missing(each, need) is None
+        if each.name != capability.name and absent(each) is None and missing(each, need) is None
     ]
     return f"backend.{capability.field}={' or '.join(found)}" if found else ""
 
@@ -449,11 +449,10 @@ def refuse_absent(field: str, value: Any) -> None:
         ValueError: it is not wired in this version.
     """
     capability = of_field(field).get(value)
-    if capability is None or (reason := not_installed(capability)) is None:
+    if capability is None or (reason := absent(capability)) is None:
         return
-    absent = capability.package is not None and not capability.package.installed()
     instead = alternatives(capability, Need())
     title = f"backend.{field}={value!r}"
-    if absent:
+    if capability.package is not None and not capability.package.installed():
         raise ImportError(f"{title} {reason}, or use {instead}")
     raise ValueError(f"{title}: {reason}; use {instead}")
