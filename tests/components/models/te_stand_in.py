@@ -86,12 +86,14 @@ class _Norm(_Module):
 
 class RMSNorm(_Norm):
     def forward(self, inp: Tensor) -> Tensor:
-        return F.rms_norm(inp.to(self.weight.dtype), (self.dim,), self.weight + self.offset, self.eps)
+        weight = self.weight.float() + self.offset
+        return F.rms_norm(inp.float(), (self.dim,), weight, self.eps).to(self.weight.dtype)
 
 
 class LayerNorm(_Norm):
     def forward(self, inp: Tensor) -> Tensor:
-        return F.layer_norm(inp.to(self.weight.dtype), (self.dim,), self.weight + self.offset, self.bias, self.eps)
+        weight = self.weight.float() + self.offset
+        return F.layer_norm(inp.float(), (self.dim,), weight, self.bias.float(), self.eps).to(self.weight.dtype)
 
 
 class DotProductAttention(_Module):
@@ -124,8 +126,8 @@ class DotProductAttention(_Module):
         left, right = self.window_size
         seen = (behind >= -right) & (behind <= left if left >= 0 else behind == behind)
         k, v = (x.repeat_interleave(heads // groups, 0) for x in (k, v))
-        scale = self.options["softmax_scale"]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
+        options = {"scale": self.options["softmax_scale"], "dropout_p": self.options["attention_dropout"]}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options).transpose(0, 1)
 
 
 def apply_rotary_pos_emb(

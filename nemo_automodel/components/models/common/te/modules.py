@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
 from nemo_automodel.components.models.common.te.engine import Engine
@@ -91,7 +90,7 @@ class TERMSNorm(RMSNorm):
         self._engine = Engine(partial(_norm, "RMSNorm", len(self.weight), self.eps, bool(self.offset)))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _on_shards(self, hidden_states)
+        return _normed(self, hidden_states)
 
     def in_kernels(self, hidden_states: Tensor) -> bool:
         """No: not in this library's."""
@@ -106,24 +105,11 @@ class TELayerNorm(LayerNorm):
         self._engine = Engine(partial(_norm, "LayerNorm", len(self.weight), self.eps, bool(self.offset)))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _on_shards(self, hidden_states)
+        return _normed(self, hidden_states)
 
 
-def _on_shards(norm: TERMSNorm | TELayerNorm, x: Tensor) -> Tensor:
-    """The norm of ``x``, of which a DTensor's ranks have some heads or tokens each, and the weight whole."""
-    parameters = {name: tensor for name, tensor in norm._parameters.items() if tensor is not None}
-    if not isinstance(x, DTensor):
-        return _normed(norm, x, parameters)
-    terms = [Partial() if each.is_shard() else each for each in x.placements]
-    local = {
-        name: tensor.to_local(grad_placements=terms) if isinstance(tensor, DTensor) else tensor
-        for name, tensor in parameters.items()
-    }
-    normed = _normed(norm, x.to_local(), local)
-    return DTensor.from_local(normed, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
-
-
-def _normed(norm: TERMSNorm | TELayerNorm, x: Tensor, parameters: dict[str, Any]) -> Tensor:
+def _normed(norm: TERMSNorm | TELayerNorm, x: Tensor) -> Tensor:
+    parameters: dict[str, Any] = {name: tensor for name, tensor in norm._parameters.items() if tensor is not None}
     if isinstance(norm, LayerNorm) and norm.bias is None:  # which Transformer Engine always adds
         parameters["bias"] = torch.zeros_like(parameters["weight"], requires_grad=False)
     # computed in the weight's dtype, whatever that of x is
