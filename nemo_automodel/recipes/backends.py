@@ -110,7 +110,6 @@ def _markdown(field: str) -> str:
     cells["backward"] = [" / ".join("yes" if on.backward else "no" for on in each.on.values()) for each in rows]
     cells |= {FEATURES[name].title: [each.has.get(name, "no") for each in rows] for name in features_of(field)}
     cells["package"] = [f"{each.package.name}: `{each.package.install}`" if each.package else "" for each in rows]
-    cells["refused"] = [each.unwired or "" for each in rows]
     lines = [f"| `backend.{field}` | {' | '.join(f'`{_value(each.name)}`' for each in rows)} |"]
     lines += ["|---" * (len(rows) + 1) + "|", f"| what | {' | '.join(each.what for each in rows)} |"]
     lines += [f"| {title} | {' | '.join(values)} |" for title, values in cells.items() if any(values)]

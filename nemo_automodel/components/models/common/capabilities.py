@@ -177,7 +177,6 @@ class Capability:
         has: what of `FEATURES` it has -> how, in a word or two.
         implementation: transformers' name of an attention.
         package: where it is from, if not from torch.
-        unwired: why it is refused in this version even where its package is installed.
     """
 
     field: str
@@ -187,7 +186,6 @@ class Capability:
     has: Mapping[str, str]
     implementation: str | None = None
     package: Package | None = None
-    unwired: str | None = None
 
     @property
     def title(self) -> str:
@@ -412,10 +410,10 @@ def head_dims_in_words(taken: range | None) -> str:
 
 
 def absent(capability: Capability) -> str | None:
-    """Why it cannot be had at all, whatever is needed: its package is not installed, or it is not wired; else None."""
-    if capability.package is not None and not capability.package.installed():
-        return f"needs {capability.package.name}, which is not installed: {capability.package.install}"
-    return capability.unwired
+    """Why it cannot be had at all, whatever is needed: its package is not installed; else None."""
+    if capability.package is None or capability.package.installed():
+        return None
+    return f"needs {capability.package.name}, which is not installed: {capability.package.install}"
 
 
 def alternatives(capability: Capability, need: Need) -> str:
@@ -442,17 +440,11 @@ def refuse(capability: Capability | None, need: Need) -> None:
 
 
 def refuse_absent(field: str, value: Any) -> None:
-    """Do nothing where the implementation is installed and wired.
+    """Do nothing where the implementation is installed.
 
     Raises:
-        ImportError: its package is not installed; the message has the install line.
-        ValueError: it is not wired in this version.
+        ImportError: its package is not; the message has the install line.
     """
     capability = of_field(field).get(value)
-    if capability is None or (reason := absent(capability)) is None:
-        return
-    instead = alternatives(capability, Need())
-    title = f"backend.{field}={value!r}"
-    if capability.package is not None and not capability.package.installed():
-        raise ImportError(f"{title} {reason}, or use {instead}")
-    raise ValueError(f"{title}: {reason}; use {instead}")
+    if capability is not None and (reason := absent(capability)) is not None:
+        raise ImportError(f"backend.{field}={value!r} {reason}, or use {alternatives(capability, Need())}")
