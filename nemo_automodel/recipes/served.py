@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nemo_automodel.recipes.train import ModelConfig
 
 KERNELS = "Triton kernels"
+TRANSFORMER_ENGINE = "Transformer Engine"
 
 Test = Callable[[Any], Any]
 
@@ -157,6 +158,15 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
         modules = [model.get_output_embeddings()] if title == "loss" else everywhere
         if of_part := [module for module in modules if isinstance(module, part.types)]:
             found[title] = none or _by_kernels(part, of_part)
+    return found | _by_transformer_engine(model.backend)
+
+
+def _by_transformer_engine(backend: Any) -> dict[str, str]:
+    """Of a `BackendConfig`."""
+    chosen = {"linear layers": backend.linear == "te", "norms": backend.rms_norm == "te", "RoPE": backend.rope_fusion}
+    found = {title: f"{TRANSFORMER_ENGINE} (asked for)" for title, there in chosen.items() if there}
+    if backend.te_fp8 is not None:
+        found["linear layers"] = f"{TRANSFORMER_ENGINE}, float8 by recipe {backend.te_fp8.recipe!r} (asked for)"
     return found
 
 

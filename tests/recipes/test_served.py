@@ -21,6 +21,8 @@ from transformers import (
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.kernels import launch
 from nemo_automodel.components.models.common.backend import BackendConfig
+from nemo_automodel.components.models.common.capabilities import Package
+from nemo_automodel.components.models.common.te.float8 import TEFloat8
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import building, served
@@ -99,6 +101,17 @@ def test_what_the_kernels_do_not_cover_is_named(
     found = served.served(model_of(config_class, lora, changes=changes), AUTO, packing=True)
     found.pop("attention")
     assert found == EVERYWHERE | expected
+
+
+def test_what_transformer_engine_serves(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Package, "installed", lambda self: True)
+    backend = BackendConfig(
+        linear="te", rms_norm="te", rope_fusion=True, te_fp8=TEFloat8(recipe="block", keep=["*.mlp.*"])
+    )
+    found = served.served(model_of(LlamaConfig, backend=backend), AUTO, packing=False)
+    assert found["linear layers"] == "Transformer Engine, float8 by recipe 'block' (asked for)"
+    assert found["norms"] == found["RoPE"] == "Transformer Engine (asked for)"
+    assert found["gated MLP"] == found["loss"] == KERNELS
 
 
 def test_transformers_own_class_has_one_line() -> None:
