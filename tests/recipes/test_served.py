@@ -173,7 +173,13 @@ def test_asked_for_where_it_does_not_run_it_is_refused_before_the_model_is_built
         raise AssertionError("built")
 
     monkeypatch.setattr(building.NeMoAutoModelForCausalLM, "from_pretrained", unreachable)
-    for option in ("model__backend__attn", "model__attn_implementation"):
-        config = load_config(TrainConfig, None, overrides(**{option: "varlen"}))
-        with pytest.raises(ValueError, match=r"'varlen' has no kernel for float32 on cpu, .*: use backend.attn='sdpa'"):
-            Run(config, lambda line: None)
+    refused = {
+        "varlen": "'varlen' has no kernel for float32 on cpu, .*: use backend.attn='sdpa'",
+        "flex": "'flex' has no backward pass on cpu: use backend.attn='sdpa' or 'eager'",
+    }
+    implementations = {"varlen": "varlen", "flex": "flex_attention"}
+    for name, message in refused.items():
+        for options in ({"model__backend__attn": name}, {"model__attn_implementation": implementations[name]}):
+            config = load_config(TrainConfig, None, overrides(**options))
+            with pytest.raises(ValueError, match=message):
+                Run(config, lambda line: None)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     Gemma2Config,
@@ -128,6 +129,13 @@ def test_the_blocks_are_those_that_torch_finds_token_by_token(length: int, windo
     assert torch.equal(made.to_dense(), expected.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(made, name), getattr(expected, name)), name
+
+
+def test_the_device_is_asked_nothing() -> None:
+    """Tensors without values cannot answer."""
+    with FakeTensorMode():
+        made = block_mask(document_begins(torch.empty(2, 4096, dtype=torch.int64)))
+    assert made.kv_indices.shape == (2, 1, 32, 32)
 
 
 @pytest.mark.usefixtures("plain")

@@ -20,11 +20,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.models.common import decoder
 from nemo_automodel.components.models.common.capabilities import ANY, ATTENTIONS, BY_IMPLEMENTATION, DOUBLE
 from nemo_automodel.components.models.common.varlen import Documents
+from nemo_automodel.recipes.transfer import inputs_of
 from tests.conftest import assert_same_step, tiny, tokens, twins
 
 LENGTHS = [[5, 1, 7, 3], [16], [9, 7]]
@@ -90,12 +92,12 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     return calls
 
 
-def runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def runs_anywhere(monkeypatch: pytest.MonkeyPatch, name: str = "varlen") -> None:
     """As far as the table knows."""
-    own = BY_IMPLEMENTATION["varlen"]
+    own = ATTENTIONS[name]
     table = replace(own, on={ANY: own.on["cuda"]._replace(dtypes=DOUBLE, compute=(0, 0))})
-    monkeypatch.setitem(BY_IMPLEMENTATION, "varlen", table)
-    monkeypatch.setitem(ATTENTIONS, "varlen", table)
+    monkeypatch.setitem(BY_IMPLEMENTATION, own.implementation, table)
+    monkeypatch.setitem(ATTENTIONS, name, table)
 
 
 def models(name: str) -> tuple[Any, Any]:
@@ -241,3 +243,33 @@ def test_transformers_own_class_takes_it_too(anywhere: list[Any]) -> None:
     left[0, :4] = 0
     with pytest.raises(ValueError, match="has no attention_mask with padding on the left"):
         own(IDS, attention_mask=left, use_cache=False)
+
+
+def flash_by_bounds(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, **options: Any) -> Any:
+    """transformers' function for FlashAttention, where it is given bounds: whatever the number of rows."""
+    assert attention_mask is None
+    bounds = options["cu_seq_lens_q"], options["cu_seq_lens_k"], options["max_length_q"], options["max_length_k"]
+    window = (-1 if options["sliding_window"] is None else options["sliding_window"] - 1, 0)
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    output = varlen_reference(*flat, *bounds, scale=options["scaling"], window_size=window)
+    assert options.get("deterministic", False) is torch.are_deterministic_algorithms_enabled()
+    return output.unflatten(0, (q.shape[0], q.shape[2])), None
+
+
+@pytest.mark.parametrize("name", ["two query heads a key head", "a sliding and a full layer"])
+def test_flash_attention_is_given_the_bounds_of_packed_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks for documents only where there is one row; several would see each other."""
+    runs_anywhere(monkeypatch, "flash2")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash_by_bounds)
+    hf, ours = models(name)
+    ours.config._attn_implementation = "flash_attention_2"
+    assert_same_step(hf, ours, input_ids=IDS, labels=IDS, position_ids=POSITIONS, use_cache=False)
+    bounds, longest = Documents.of(POSITIONS)
+    inputs = inputs_of(ours, {"input_ids": IDS, "position_ids": POSITIONS}, torch.device("cpu"))
+    assert torch.equal(inputs["cu_seq_lens_k"], bounds)
+    assert inputs["max_length_k"] == longest
+    torch.use_deterministic_algorithms(True)
+    try:
+        ours(**inputs, use_cache=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
