@@ -142,7 +142,8 @@ WORKLOADS = {
         Workload(name="tiny_packed", config=TINY, lora=None, rows=2, length=128, documents=True),
     )
 }
-WORKLOADS["llama1b_packed"] = replace(WORKLOADS["llama1b_full"], name="llama1b_packed", documents=True)
+for packed, whole in {"llama8b_packed": "llama8b_lora", "llama1b_packed": "llama1b_full"}.items():
+    WORKLOADS[packed] = replace(WORKLOADS[whole], name=packed, documents=True)
 """By name. The first four are the sizes that dense fine-tuning is measured at; the tiny ones take seconds anywhere."""
 
 
