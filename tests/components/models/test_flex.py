@@ -178,9 +178,8 @@ def test_dropout_is_refused_when_built() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOME)
-def test_compiled_too(name: str) -> None:
-    hf, ours = models(name)
+def test_compiled_too() -> None:
+    hf, ours = models("windows and softcap")
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0}

@@ -256,13 +256,16 @@ def flash_by_bounds(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask
     return output.unflatten(0, (q.shape[0], q.shape[2])), None
 
 
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "kernels-community/flash-attn2"])
 @pytest.mark.parametrize("name", ["two query heads a key head", "a sliding and a full layer"])
-def test_flash_attention_is_given_the_bounds_of_packed_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_given_the_bounds_of_packed_rows(
+    name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers looks for documents only where there is one row; several would see each other."""
     runs_anywhere(monkeypatch, "flash2")
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash_by_bounds)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, implementation, flash_by_bounds)
     hf, ours = models(name)
-    ours.config._attn_implementation = "flash_attention_2"
+    ours.config._attn_implementation = implementation
     assert_same_step(hf, ours, input_ids=IDS, labels=IDS, position_ids=POSITIONS, use_cache=False)
     bounds, longest = Documents.of(POSITIONS)
     inputs = inputs_of(ours, {"input_ids": IDS, "position_ids": POSITIONS}, torch.device("cpu"))

@@ -66,9 +66,12 @@ class Documents(NamedTuple):
 
 
 def takes_bounds(implementation: str | None) -> bool:
-    """Whether the attention of that name, transformers', tells packed documents apart by `Documents`."""
+    """Whether the attention of that name, transformers', tells packed documents apart by `Documents`.
+
+    A kernel of the Hub with "flash" in its name does, as transformers has it.
+    """
     capability = BY_IMPLEMENTATION.get(implementation)
-    return capability is not None and capability.has.get("packing") == "bounds"
+    return "flash" in (implementation or "") if capability is None else capability.has.get("packing") == "bounds"
 
 
 def documents_of_batch(
