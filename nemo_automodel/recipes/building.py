@@ -62,7 +62,8 @@ def build_parts(
 
 def build_pipeline(parts: Mapping[int, "PreTrainedModel"], config: "TrainConfig", mesh: Mesh) -> Pipeline:
     """What trains a model whose stages several ranks have."""
-    return Pipeline(parts, mesh.pp * len(parts), mesh, config.mesh.pp_schedule, compute_stage)
+    options = config.mesh
+    return Pipeline(parts, mesh.pp * len(parts), mesh, options.pp_schedule, compute_stage, options.pp_reduce_each)
 
 
 def build_model(

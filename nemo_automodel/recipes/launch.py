@@ -344,8 +344,11 @@ class _Logs(LogsSpecs):
 
 
 def _recorded(file: Path) -> str | None:
-    """What a rank had to say, see `exits.record`."""
-    return str(json.loads(file.read_text())["message"]) if file.is_file() else None
+    """What a rank had to say, see `exits.record`; it may have been killed while it wrote."""
+    try:
+        return str(json.loads(file.read_text())["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 _PRECEDENCE = (

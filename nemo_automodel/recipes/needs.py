@@ -14,7 +14,8 @@ rank's hidden states of a step, ``tokens / cp * hidden * bytes``:
 
     pp            a stage sends A to the next, and its gradient to the one before; gradients of tied embeddings
 
-With pp FSDP gathers once more than there are micro-batches (zero bubble: once), and reduces once.
+With pp FSDP gathers once more than there are micro-batches (zero bubble: once), and reduces once; but with
+mesh.pp_reduce_each it does as without pp.
 What checkpointing computes again is sent again, but for the last sum of a layer.
 """
 
@@ -50,8 +51,8 @@ ACTIVATIONS = (
 )
 GATHERED = (
     "gathered: whole parameters of the outermost FSDP unit and of two layers (one computes, one is on its way), and "
-    "where they are trained their gradients, and the fp32 copy of one unit's that is being reduced; with pp the "
-    "whole stage, and its gradients in fp32, which wait there for the last micro-batch"
+    "where they are trained their gradients, and the fp32 copy of one unit's that is being reduced; with pp, but for "
+    "mesh.pp_reduce_each, the whole stage, and its gradients in fp32, which wait there for the last micro-batch"
 )
 
 
@@ -90,7 +91,9 @@ def work_of(config: "TrainConfig", mesh: Mesh) -> Work:
     own = -(-length // mesh.sequence_cut) * mesh.sequence_cut // mesh.cp
     count, schedule = -(-rows // each), config.mesh.pp_schedule
     gathers, reductions = 2 * count, count
-    if mesh.pp > 1:  # forward passes let go of parameters, backward passes do not; zero-bubble ones never do
+    if (
+        mesh.pp > 1 and not config.mesh.pp_reduce_each
+    ):  # forward passes let go of parameters, backward passes do not; zero-bubble ones never do
         gathers, reductions = 1 if schedule in ZERO_BUBBLE else count + 1, 1
     in_flight = _in_flight(schedule, mesh, count, config.mesh.pp_virtual_stages or 2)
     tokens, global_tokens = rows * own, loop.batch_size * length
@@ -119,11 +122,16 @@ def layers_of(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if classes & {each.__name__ for each in type(module).__mro__}]
 
 
-def gathered_bytes(model: Any, mesh: Mesh) -> int:
-    """The estimate `GATHERED`; 0 where FSDP shards nothing."""
+def gathered_bytes(model: Any, waits: bool) -> int:
+    """The estimate `GATHERED`; 0 where FSDP shards nothing.
+
+    Args:
+        model: this rank's.
+        waits: whether gradients wait, with the weights, for a step's last micro-batch.
+    """
     if not any(_ranks(p, "fsdp") > 1 for p in model.parameters()):
         return 0
-    if mesh.pp > 1:
+    if waits:
         return sum(_gathered(p) * (p.itemsize + 4 * p.requires_grad) for p in model.parameters())
     layers = layers_of(model)
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -273,7 +281,7 @@ def _sums_of_whole(model: nn.Module, mesh: Mesh, work: Work) -> Iterator[int]:
         if name.endswith(".bias") and not mesh.sequence_parallel:
             continue  # added to the sum of all, once
         sharded = _ranks(parameter, "fsdp") > 1 or _ranks(parameter, "dp_replicate") > 1
-        times = work.reductions if sharded else 1  # the optimizer adds up once
+        times = work.micro_batches if sharded else 1  # the optimizer adds up once
         yield times * sent("all-reduce", parameter.numel() * max(parameter.itemsize, 4), mesh.tp)
 
 

@@ -198,7 +198,7 @@ def _needs(config: "TrainConfig", rank: int, ranks: int) -> RankNeeds:
             parameters=sum(local(p).nbytes for p in parameters),
             gradients=sum(gradient_bytes(p, accumulating=work.micro_batches > 1) for p in parameters),
             optimizer=sum(local(tensor).nbytes for tensor in state),
-            gathered=sum(gathered_bytes(part, mesh) for part in parts),
+            gathered=sum(gathered_bytes(part, mesh.pp > 1 and not config.mesh.pp_reduce_each) for part in parts),
             activations=sum(activation_bytes(part, mesh, work, checkpointing) for part in parts),
             sent=traffic(numbered, mesh, work, checkpointing),
             elements=sum(p.numel() for p in parameters),

@@ -21,6 +21,10 @@ FAMILIES = [  # biases; a norm over each head, over all heads; norms after the M
         "--mesh.pp 2 --mesh.dp_shard 2 --mesh.pp_schedule Interleaved1F1B",
         {"model_type": "llama", "tie_word_embeddings": True},
     ),
+    (
+        "--mesh.pp 2 --mesh.dp_shard 2 --mesh.pp_reduce_each true",
+        {"model_type": "llama", "tie_word_embeddings": True},
+    ),
 ]
 
 

@@ -25,6 +25,7 @@ RING = {"mesh__cp_method": "ring"}
 NO_SEQUENCE = {"mesh__sequence_parallel": "false"}
 BUBBLE = {"mesh__pp_schedule": "InterleavedZeroBubble"}
 V = {"mesh__pp_schedule": "ZBVZeroBubble"}
+EACH = {"mesh__pp_reduce_each": "true"}
 Case = tuple[str, dict[str, int], dict[str, Any]]
 TELLING: list[Case] = [
     ("llama tied", {"tp": 2}, {}),
@@ -68,6 +69,9 @@ MORE: list[Case] = [
     ("llama untied", {"pp": 2}, LORA),
     ("llama tied", {"pp": 2, "dp_shard": 2}, {}),
     ("qwen2 untied", {"pp": 2, "dp_shard": 2}, BUBBLE),
+    ("llama tied", {"pp": 2, "dp_shard": 2}, {**EACH, "mesh__pp_schedule": "Interleaved1F1B"}),
+    ("qwen2 untied", {"pp": 2, "dp_shard": 2}, {**EACH, "model__gradient_checkpointing": "true"}),
+    ("llama tied", {"pp": 2, "dp_shard": 2}, {**EACH, **LORA, "mesh__pp_schedule": "GPipe"}),
     ("llama tied", {"pp": 2, "tp": 2}, V),
     ("qwen2 tied", {"pp": 2, "tp": 2}, LORA),
     ("llama tied", {"pp": 2, "cp": 2}, PACKED),

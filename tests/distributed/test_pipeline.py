@@ -55,6 +55,8 @@ def test_schedules_say_how_many_stages_and_micro_batches_they_take() -> None:
     for schedule, stages, wanted in [("1F1B", 2, "1"), ("ZBVZeroBubble", 3, "2"), ("Interleaved1F1B", 1, "2 or more")]:
         with pytest.raises(ValueError, match=f"pp_virtual_stages={stages}: {schedule} has {wanted}"):
             MeshConfig(pp_schedule=schedule, pp_virtual_stages=stages)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pp_reduce_each=true with pp_schedule='ZBVZeroBubble'"):
+        MeshConfig(pp_schedule="ZBVZeroBubble", pp_reduce_each=True)
     taken = {name: [n for n in range(1, 8) if takes_micro_batches(name, 2, n)] for name in ("1F1B", "Interleaved1F1B")}
     assert taken == {"1F1B": [2, 3, 4, 5, 6, 7], "Interleaved1F1B": [1, 2, 3, 4, 6]}
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nemo_automodel.components.distributed.stages import ScheduleName, check_schedule
+from nemo_automodel.components.distributed.stages import ZERO_BUBBLE, ScheduleName, check_schedule
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """From the outermost, whose neighbours are far apart, to the innermost: ranks of one ``tp`` group follow each other."""
@@ -42,9 +42,17 @@ class MeshConfig:
     pp_virtual_stages: int | None = _option(
         None, "with pp: stages of each rank; null: as few as the schedule takes (one, or two interleaved)"
     )
+    pp_reduce_each: bool = _option(
+        False, "with pp and dp_shard: FSDP reduces gradients with every micro-batch: less memory, more messages"
+    )
 
     def __post_init__(self) -> None:
         check_schedule(self.pp_schedule, self.pp_virtual_stages)
+        if self.pp_reduce_each and self.pp_schedule in ZERO_BUBBLE:
+            raise ValueError(
+                f"pp_reduce_each=true with pp_schedule={self.pp_schedule!r}, which computes weights' gradients out of "
+                "FSDP's sight: leave it at false, or take another schedule"
+            )
         for name in AXES:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")

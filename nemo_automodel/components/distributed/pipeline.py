@@ -31,11 +31,21 @@ class _Stage(PipelineStage):
     batches: Sequence[Mapping[str, Any]]
     compute: Compute
 
+    @property
+    def part(self) -> nn.Module:
+        """The model's."""
+        return self.submod.part if isinstance(self.submod, _Unnoticed) else self.submod
+
     def forward_maybe_with_nosync(self, *inputs: Tensor, number: Tensor) -> Tensor:
         batch = self.batches[int(number)]
-        output = self.compute(self.submod, {**batch, "input_ids": inputs[0]} if inputs else batch)
+        output = self.compute(self.part, {**batch, "input_ids": inputs[0]} if inputs else batch)
         # torch detaches it in place once its gradient has gone back, which views do not let happen
         return output.clone() if output._is_view() else output
+
+    def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: Any, last_backward: bool = False) -> Any:
+        if isinstance(self.submod, _Unnoticed):  # FSDP would forget what other micro-batches' forward passes gathered
+            self.submod.part.set_is_last_backward(last_backward)
+        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
@@ -47,6 +57,17 @@ class _Stage(PipelineStage):
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
+class _Unnoticed(nn.Module):
+    """A sharded part that torch's stage takes for a plain one: FSDP gathers and reduces as it does without stages.
+
+    Where torch's stage sees FSDP, whole weights and gradients of all layers wait for the last micro-batch.
+    """
+
+    def __init__(self, part: FSDPModule):
+        super().__init__()
+        self.part: Any = part
+
+
 class Pipeline:
     """A model whose stages lie on the ranks of a mesh's axis ``pp``.
 
@@ -56,6 +77,7 @@ class Pipeline:
         mesh: of all ranks.
         schedule: a `ScheduleName`.
         compute: what a stage does.
+        reduces_each: whether FSDP reduces gradients with every micro-batch, and not only with a step's last.
 
     Attributes:
         parts: of this rank, the first stage's first.
@@ -63,16 +85,25 @@ class Pipeline:
         shared: of those that another rank has too, name -> the ranks that have it.
     """
 
-    def __init__(self, parts: Mapping[int, nn.Module], stages: int, mesh: Mesh, schedule: str, compute: Compute):
+    def __init__(
+        self,
+        parts: Mapping[int, nn.Module],
+        stages: int,
+        mesh: Mesh,
+        schedule: str,
+        compute: Compute,
+        reduces_each: bool = False,
+    ):
         axis = mesh.axis("pp")
         assert axis is not None
         self.parts = list(parts.values())
         self._numbers, self._stages, self._group = list(parts), stages, axis.get_group()
-        self._schedule, self._compute = schedule, compute
+        self._schedule, self._compute, self._reduces_each = schedule, compute, reduces_each
         self._device = torch.device(mesh.device_type)
         if mesh.device_type == "cuda":
             self._device = torch.device("cuda", torch.cuda.current_device())
-        self._ready: dict[tuple[Any, ...], tuple[list[_Stage], Any]] = {}
+        # of one shape at a time: stages hold room for what is received of each micro-batch, and lengths may be many
+        self._ready: dict[bool, tuple[tuple[int, ...], tuple[list[_Stage], Any]]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
         for part in self.parts:
@@ -112,10 +143,11 @@ class Pipeline:
         with torch.no_grad():
             for one, other in self._copies:
                 other.copy_(one)
-        key = (len(batches), *batches[0]["input_ids"].shape, train)
-        if key not in self._ready:
-            self._ready[key] = self._prepare(*key)
-        stages, schedule = self._ready[key]
+        count, (rows, length) = len(batches), batches[0]["input_ids"].shape
+        if train not in self._ready or self._ready[train][0] != (count, rows, length):
+            self._ready.pop(train, None)
+            self._ready[train] = (count, rows, length), self._prepare(count, rows, length, train)
+        stages, schedule = self._ready[train][1]
         for stage in stages:
             stage.batches = batches
         losses: list[Tensor] = []
@@ -146,7 +178,7 @@ class Pipeline:
         stages = []
         for number, part in zip(self._numbers, self.parts, strict=True):
             stage = _Stage(
-                part,
+                _Unnoticed(part) if self._reduces_each and isinstance(part, FSDPModule) else part,
                 number,
                 self._stages,
                 self._device,
