@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemo_automodel.components.checkpoint import SafetensorsReader
 
-STEPS, SAVE_EVERY, KILL_AT = 100, 20, 30
-PATIENCE = 120
+STEPS, SAVE_EVERY, KILL_AT = 200, 20, 30  # the end is far off, should this process not get its turn
+PATIENCE = 60
+"""Seconds without a step, and without a second of work by the ranks: what starts on a busy machine takes its time."""
 
 
 def start(request: dict[str, Any], folder: Path, *flags: str) -> subprocess.Popen[str]:
@@ -24,8 +27,19 @@ def start(request: dict[str, Any], folder: Path, *flags: str) -> subprocess.Pope
     words = f"--output_dir {folder} --model.path {request['folder']} --data.train {request['folder']}/rows.jsonl "
     words += f"--train.device {request['device']} --train.max_steps {STEPS} --train.save_every {SAVE_EVERY} "
     words += f"{request['words']} --nproc-per-node {request['of']}"
-    command = [sys.executable, "-m", "nemo_automodel.cli", "train", *words.split(), *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return launch(words.split(), folder, *flags)
+
+
+def launch(words: Sequence[str], folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """A training in ``folder``; what the launcher says is in a file beside it, for a pipe that nobody reads fills."""
+    command = [sys.executable, "-m", "nemo_automodel.cli", "train", *words, *flags]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with told(folder).open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, text=True)
+
+
+def told(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
 def losses(folder: Path) -> list[float]:
@@ -35,45 +49,68 @@ def losses(folder: Path) -> list[float]:
 
 
 def wait_for_step(folder: Path, step: int, launcher: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    before, since = (0, 0), time.monotonic()
     while (at := len(losses(folder))) < step:
-        if launcher.poll():
-            done(launcher)
-        if time.monotonic() > deadline:
+        if launcher.poll() is not None:
+            done(launcher, folder)
+            raise RuntimeError(f"{folder.name} ended at step {at}, before step {step}")
+        if (now := (at, worked(launcher.pid))) != before:
+            before, since = now, time.monotonic()
+        if time.monotonic() - since > PATIENCE:
             launcher.terminate()  # its ranks save and end, or are ended
-            raise TimeoutError(f"{folder.name} did not come from step {at} to step {step} in {PATIENCE} s")
+            raise TimeoutError(f"{folder.name} stands still between steps {at} and {step}: {told(folder)}")
         time.sleep(0.02)
 
 
+def worked(launcher: int) -> int:
+    """Seconds of work by the launcher's ranks; by itself, while there are none."""
+    ticks = 0
+    for process in children(launcher) or [launcher]:
+        with suppress(OSError):  # it has ended
+            ticks += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks // os.sysconf("SC_CLK_TCK")
+
+
+def children(launcher: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 def pid_of(rank: int, launcher: int) -> int:
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+    for child in children(launcher):
         if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
+            return child
     raise LookupError(f"no worker of {launcher} is rank {rank}")
 
 
-def done(launcher: subprocess.Popen[str]) -> None:
-    _, said = launcher.communicate(timeout=PATIENCE)
+def done(launcher: subprocess.Popen[str], folder: Path) -> None:
+    launcher.wait(timeout=10 * PATIENCE)
     if launcher.returncode:
-        raise RuntimeError(f"the launcher ended with {launcher.returncode}: {said[-500:]}")
+        raise RuntimeError(f"the launcher ended with {launcher.returncode}: {told(folder).read_text()[-500:]}")
+
+
+def kill_rank(rank: int, folder: Path, launcher: subprocess.Popen[str]) -> dict[str, float]:
+    """Kill it; seconds until the launcher says so, and until a step follows the last one, whose number is ``step``."""
+    os.kill(pid_of(rank, launcher.pid), signal.SIGKILL)
+    killed = time.monotonic()
+    while f"rank {rank} was killed by SIGKILL" not in told(folder).read_text():
+        if time.monotonic() - killed > PATIENCE:
+            raise TimeoutError(f"{folder.name}: the launcher has not noticed that rank {rank} is gone: {told(folder)}")
+        time.sleep(0.02)
+    noticed, step = time.monotonic() - killed, len(losses(folder))
+    wait_for_step(folder, step + 1, launcher)
+    return {"noticed_s": noticed, "again_s": time.monotonic() - killed, "step": step}
 
 
 def kill(request: dict[str, Any], rank: int, whole: Path) -> dict[str, Any]:
     folder = Path(request["scratch"], "run", f"killed-{rank}")
     launcher = start(request, folder, "--max-restarts", "1")
     wait_for_step(folder, KILL_AT, launcher)
-    os.kill(pid_of(rank, launcher.pid), signal.SIGKILL)
-    killed = time.monotonic()
-    assert launcher.stderr is not None
-    for line in launcher.stderr:
-        if f"rank {rank} was killed by SIGKILL" in line:
-            break
-    noticed = time.monotonic() - killed
-    step = len(losses(folder))
-    wait_for_step(folder, step + 1, launcher)
-    again = time.monotonic() - killed
-    done(launcher)
-    return {"noticed_s": noticed, "again_s": again, "step": step, **compare(folder, whole)}
+    found = kill_rank(rank, folder, launcher)
+    done(launcher, folder)
+    return {**found, **compare(folder, whole)}
 
 
 def compare(one: Path, other: Path) -> dict[str, Any]:
@@ -88,7 +125,7 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     whole, again = (Path(request["scratch"], "run", name) for name in ("whole", "again"))
     for folder in (whole, again):  # twice: kernels need not add in the same order each time
-        done(start(request, folder))
+        done(start(request, folder), folder)
     result = {"usual": compare(again, whole)}
     result["kills"] = {str(rank): kill(request, rank, whole) for rank in request["killed"]}
     Path(sys.argv[2]).write_text(json.dumps(result))

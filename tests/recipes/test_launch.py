@@ -1,11 +1,8 @@
 """`automodel train --nproc-per-node`: flags, logs by rank, exit codes, and restarts that lose nothing."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,11 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from benchmarks.multi_gpu_kill import done, kill_rank, launch, losses, pid_of, told, wait_for_step
 from nemo_automodel.cli import main
 from nemo_automodel.components.checkpoint import TrainingCheckpoints
 from nemo_automodel.recipes.exits import ExitCode
-from nemo_automodel.recipes.launch import LaunchOptions, _Logs, code_of, first_failure, split_flags
+from nemo_automodel.recipes.launch import LaunchOptions, _Logs, _recorded, code_of, first_failure, split_flags
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
 
 Overrides = Callable[..., list[str]]
@@ -87,6 +85,17 @@ def test_logs_of_every_attempt_and_node_have_a_place_of_their_own(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("text", "said"), [(None, None), ("", None), ('{"message": "no', None), ('{"message": "no memory"}', "no memory")]
+)
+def test_words_of_a_rank_that_was_killed_while_it_wrote_them(
+    text: str | None, said: str | None, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "error.json").write_text(text)
+    assert _recorded(tmp_path / "error.json") == said
+
+
+@pytest.mark.parametrize(
     ("status", "code"),
     [(0, 0), (1, 1), (2, 2), (3, 1), (75, 75), (-9, 75), (-11, 75), (-15, 143), (-2, 130), (143, 143)],
 )
@@ -132,28 +141,38 @@ def test_bad_input_is_said_once_and_not_restarted(
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def _start(words: list[str], *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "nemo_automodel.cli", "train", *words, "--nproc-per-node", "2", *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def _wait_for_step(run: Path, step: int) -> None:
-    for _ in range(15_000):
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{run} did not come to step {step} in five minutes")
-
-
-def _pid_of_rank(rank: int, launcher: int) -> int:
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
-    raise AssertionError(f"no worker of {launcher} is rank {rank}")
-
-
-LONG: dict[str, Any] = {"train__device": "cpu", "train__max_steps": 80, "train__save_every": 20}
+LONG: dict[str, Any] = {"train__device": "cpu", "train__max_steps": 200, "train__save_every": 50}
 ENDLESS: dict[str, Any] = {"train__device": "cpu", "train__max_steps": 5000, "train__save_every": 5000}
+RANKS = ["--nproc-per-node", "2"]
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for ranks in /proc")
+DROPOUT = {"lora__r": 4, "lora__dropout": 0.3}
+MESHES: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "pp": {"mesh__pp": 2, **DROPOUT},
+    "tp": {"mesh__tp": 2, **DROPOUT},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Overrides], Path]:
+    """Folder of a training that nothing happened to, on a mesh of `MESHES`."""
+    folders: dict[str, Path] = {}
+
+    def train(mesh: str, words_of: Overrides) -> Path:
+        if mesh not in folders:
+            folders[mesh] = tmp_path_factory.mktemp(mesh) / "whole"
+            words = words_of(str(folders[mesh]), **LONG, **MESHES[mesh])
+            done(launch([*words, *RANKS], folders[mesh]), folders[mesh])
+        return folders[mesh]
+
+    return train
+
+
+def _assert_ended_alike(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    files = [file.relative_to(other) for folder in ("hf", "adapter") for file in other.glob(f"{folder}/*.safetensors")]
+    assert files
+    assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
 @pytest.mark.slow
@@ -164,58 +183,64 @@ def test_a_signal_to_the_launcher_saves_and_ends_all(
     number: signal.Signals,
     code: int,
 ) -> None:
-    launcher = _start(overrides(**ENDLESS), "--max-restarts", "2")
-    _wait_for_step(tmp_path / "run", 25)
+    run = tmp_path / "run"
+    launcher = launch([*overrides(**ENDLESS), *RANKS], run, "--max-restarts", "2")
+    wait_for_step(run, 25, launcher)
     launcher.send_signal(number)
     launcher.send_signal(number) if number == signal.SIGTERM else None  # schedulers do
-    out, err = launcher.communicate(timeout=300)
-    assert launcher.returncode == code, err
-    saved = TrainingCheckpoints(tmp_path / "run/checkpoints").latest()
+    assert launcher.wait(timeout=300) == code, told(run).read_text()
+    saved = TrainingCheckpoints(run / "checkpoints").latest()
     assert saved is not None
-    assert f"stopped after step {saved.step}, which is saved" in out
+    assert f"stopped after step {saved.step}, which is saved" in told(run).read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for ranks in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("mesh", ["pp", "tp"])
+@LINUX
+def test_the_same_command_goes_on_bit_for_bit_after_sigterm(
+    overrides: Overrides,  # noqa: F811
+    tmp_path: Path,
+    uninterrupted: Callable[[str, Overrides], Path],
+    mesh: str,
+) -> None:
+    run, words = tmp_path / "run", [*overrides(**LONG, **MESHES[mesh]), *RANKS]
+    launcher = launch(words, run)
+    wait_for_step(run, 60, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=300) == ExitCode.TERMINATED, told(run).read_text()
+    done(launch(words, run), run)
+    assert "resuming after step" in told(run).read_text()
+    _assert_ended_alike(run, uninterrupted(mesh, overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "mesh"), [(0, "fsdp"), (1, "fsdp"), (1, "pp"), (0, "tp")])
+@LINUX
 def test_a_killed_rank_is_noticed_and_the_run_goes_on_bit_for_bit(
     overrides: Overrides,  # noqa: F811
     tmp_path: Path,
+    uninterrupted: Callable[[str, Overrides], Path],
     rank: int,
+    mesh: str,
 ) -> None:
-    whole = _start(overrides("whole", **LONG))
-    launcher = _start(overrides(**LONG), "--max-restarts", "1")
-    _wait_for_step(tmp_path / "run", 30)
-    os.kill(_pid_of_rank(rank, launcher.pid), signal.SIGKILL)
-    killed = time.monotonic()
-    assert launcher.stderr is not None
-    said = launcher.stderr.readline()
-    noticed = time.monotonic() - killed
-    assert f"rank {rank} was killed by SIGKILL" in said
-    assert "restart 1 of 1" in said
-    done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
-    _wait_for_step(tmp_path / "run", done + 1)
-    again = time.monotonic() - killed
-    for process in (launcher, whole):
-        process.communicate(timeout=300)
-        assert process.returncode == 0
-    files = [tmp_path / run / "hf/model.safetensors" for run in ("run", "whole")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("run", "whole")
-    ]
-    assert losses[0] == losses[1]
-    print(f"noticed after {noticed:.1f} s, past step {done} again after {again:.1f} s")
+    run = tmp_path / "run"
+    launcher = launch([*overrides(**LONG, **MESHES[mesh]), *RANKS], run, "--max-restarts", "1")
+    wait_for_step(run, 60, launcher)
+    found = kill_rank(rank, run, launcher)
+    assert "restart 1 of 1" in told(run).read_text()
+    done(launcher, run)
+    _assert_ended_alike(run, uninterrupted(mesh, overrides))
+    print(found)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for ranks in /proc")
+@LINUX
 def test_a_stopped_rank_is_named_and_the_code_says_try_again(overrides: Overrides, tmp_path: Path) -> None:  # noqa: F811
-    launcher = _start(overrides(**ENDLESS, train__hang_timeout="3"))
-    _wait_for_step(tmp_path / "run", 25)
-    os.kill(_pid_of_rank(1, launcher.pid), signal.SIGSTOP)
-    _, err = launcher.communicate(timeout=300)
-    assert launcher.returncode == ExitCode.TEMPORARY
+    run = tmp_path / "run"
+    launcher = launch([*overrides(**ENDLESS, train__hang_timeout="3"), *RANKS], run)
+    wait_for_step(run, 25, launcher)
+    os.kill(pid_of(1, launcher.pid), signal.SIGSTOP)
+    assert launcher.wait(timeout=300) == ExitCode.TEMPORARY
+    err = told(run).read_text()
     assert "rank 1 no longer reports" in err
     assert "rank 0 waits in step" in err
