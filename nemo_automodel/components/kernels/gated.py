@@ -21,6 +21,10 @@ TILE = (16, 64, 2)
 """Rows, pairs and warps of the backward kernel that takes adapters' products on its way (16 rows are the least)."""
 STRETCH = 512
 """Rows that one of those programs goes through, adding up."""
+FORWARD_TILE, FORWARD_STRETCH = (32, 64, 4), 2048
+"""The same of the forward kernel, and pairs that one of its programs goes through."""
+ON_THE_WAY = True
+"""Whether that kernel takes the product, too, or leaves it to be done afterwards."""
 HIGH_RANK, HIGH_PAIRED = 128, 32
 """Above them the products' operands are too much for a program."""
 
@@ -75,6 +79,38 @@ def gated_forward_kernel(GATE_UP, OUT, width, in_stride, out_stride, KIND: tl.co
     active, _ = _activated(gate.to(tl.float32), KIND)
     cols = block * BLOCK + tl.arange(0, BLOCK)
     tl.store(OUT + row * out_stride + cols, (active * up.to(tl.float32)).to(OUT.dtype.element_ty), mask=cols < width)
+
+
+@jit
+def gated_low_rank_forward_kernel(  # type: ignore[no-untyped-def]
+    GATE_UP, OUT, A, SUMS, count, width, rank, in_stride, out_stride, a_stride,
+    KIND: tl.constexpr, RANK: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """ROWS of STRETCH pairs, BLOCK at a time; their part of OUT @ A^T goes to SUMS."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    there, r = row < count, tl.arange(0, RANK)
+    stop = tl.minimum(width, (tl.program_id(1) + 1) * STRETCH)
+    cols = tl.program_id(1) * STRETCH + tl.arange(0, BLOCK)[None, :]
+    pairs = tl.program_id(1) * (2 * STRETCH) + tl.arange(0, 2 * BLOCK)[None, :]
+    sums = tl.zeros((ROWS, RANK), dtype=tl.float32)
+    both = tl.load(GATE_UP + row * in_stride + pairs, mask=there & (pairs < 2 * stop), other=0.0)
+    for _ in range(0, STRETCH, BLOCK):
+        pairs += 2 * BLOCK  # the next ones are on their way while these are computed
+        following = tl.load(GATE_UP + row * in_stride + pairs, mask=there & (pairs < 2 * stop), other=0.0)
+        a = tl.load(A + r[:, None] * a_stride + cols, mask=(r[:, None] < rank) & (cols < stop), other=0.0)
+        gate, up = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
+        active, _ = _activated(gate.to(tl.float32), KIND)
+        out = (active * up.to(tl.float32)).to(OUT.dtype.element_ty)
+        tl.store(OUT + row * out_stride + cols, out, mask=there & (cols < stop))
+        if WIDE:  # interpreted, where bit patterns would be multiplied
+            sums += tl.dot(out.to(tl.float32), tl.trans(a).to(tl.float32), input_precision="ieee")
+        else:
+            sums = tl.dot(out, tl.trans(a), sums, input_precision="ieee")
+        cols += BLOCK
+        both = following
+    at = (tl.program_id(1) * tl.cast(count, tl.int64) + row) * rank + r[None, :]
+    tl.store(SUMS + at, sums, mask=there & (r[None, :] < rank))
 
 
 @jit
@@ -192,6 +228,31 @@ def gated_forward(gate_up: Tensor, out: Tensor, activation: int) -> None:
         wrapped(gated_forward_kernel)[grid](
             gate_up, out, width, gate_up.stride(0), out.stride(0), KIND=activation, BLOCK=BLOCK, num_warps=4
         )
+
+
+@torch.library.triton_op("nemo_automodel::gated_low_rank_forward", mutates_args={"out"})
+def gated_low_rank_forward(gate_up: Tensor, out: Tensor, activation: int, a: Tensor) -> Tensor:
+    """`gated_forward`, and ``out @ a^T`` ``[rows, r]``, for which ``out`` would otherwise be read again.
+
+    Args:
+        gate_up: ``[rows, 2 * width]``.
+        out: ``[rows, width]``, whose rows may lie apart.
+        activation: a value of `ACTIVATIONS`.
+        a: ``[r, width]``.
+    """
+    (count, width), rank = out.shape, a.shape[0]
+    if rank > HIGH_PAIRED or not out.numel() or not ON_THE_WAY:
+        gated_forward(gate_up, out, activation)
+        return out @ a.t()
+    tile, block, warps = FORWARD_TILE
+    splits = -(-width // FORWARD_STRETCH)
+    sums = torch.empty((splits, count, rank), dtype=torch.float32, device=out.device)
+    wrapped(gated_low_rank_forward_kernel)[(-(-count // tile), splits)](
+        gate_up, out, a, sums, count, width, rank, gate_up.stride(0), out.stride(0), a.stride(0),
+        KIND=activation, RANK=max(16, power_of_two(rank)), STRETCH=FORWARD_STRETCH, ROWS=tile, BLOCK=block,
+        WIDE=INTERPRETED, num_warps=warps,
+    )  # fmt: skip
+    return sums.sum(0).to(out.dtype)
 
 
 @torch.library.triton_op("nemo_automodel::gated_backward", mutates_args={"out"})

@@ -25,6 +25,7 @@ from nemo_automodel.components.kernels.gated import (
     gated_backward,
     gated_forward,
     gated_low_rank_backward,
+    gated_low_rank_forward,
 )
 from nemo_automodel.components.kernels.launch import in_fp32, rows, runs_on, untouched
 
@@ -234,20 +235,25 @@ class _Linear(torch.autograd.Function):
         room = 0 if low_rank is None or joined is None else low_rank.rank
         if isinstance(recipe, int):
             x = x.new_empty(x.shape[0], width + room)[:, :width]
-            gated_forward(rows(source), x, recipe)
+            if low_rank is None:
+                gated_forward(rows(source), x, recipe)
         a: Tensor | None = None
         if low_rank is None:
             y = F.linear(x, weight, bias)
         else:
             a, b = _packed(low_rank, x, weight, parameters)
+            if isinstance(recipe, int):
+                t = gated_low_rank_forward(rows(source), x, recipe, a)
             if joined is not None and (isinstance(recipe, int) or (isinstance(recipe, Normed) and recipe.room >= room)):
                 # data: what is written lies beside x, which others may have kept
                 whole = x.data.as_strided((x.shape[0], width + room), x.stride())
-                torch.mm(x, a.t(), out=whole[:, width:])
-                t = whole[:, width:].contiguous()
+                if t is None:
+                    t = torch.mm(x, a.t(), out=whole[:, width:]).contiguous()
+                else:
+                    whole[:, width:] = t
                 y = F.linear(whole, joined, bias)
             else:
-                t = x @ a.t()
+                t = x @ a.t() if t is None else t
                 y = _base(x, weight, bias, low_rank.scale).addmm_(t, b.t())
         normed = recipe if isinstance(recipe, Normed) else None
         # the parameters only so that autograd sees it if a step changes them before the backward pass

@@ -109,3 +109,21 @@ def test_products_are_taken_on_its_way(rank: int, rows: int) -> None:
     expected = left.double().t() @ out.detach()
     assert sums.dtype == FP32
     assert (sums - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("rows", [0, 33])
+@pytest.mark.parametrize("rank", [5, 33])
+def test_a_product_is_taken_on_the_way_forward(rank: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several stretches of columns; of ranks above 32 by itself. What lies beside the rows stays."""
+    monkeypatch.setattr(kernels, "FORWARD_STRETCH", 64)
+    monkeypatch.setattr(kernels, "FORWARD_TILE", (16, 16, 1))
+    torch.manual_seed(0)
+    gate_up, a = torch.randn(rows, 2 * 130), torch.randn(rank, 130)
+    room = torch.full((rows, 140), 7.0)
+    t = kernels.gated_low_rank_forward(gate_up, room[:, :130], 0, a)
+    out = gated_reference(gate_up.double(), "silu")
+    assert torch.equal(room[:, 130:], torch.full((rows, 10), 7.0))
+    assert (room[:, :130] - out).norm() <= 1e-6 * out.norm()
+    expected = out @ a.double().t()
+    assert t.shape == expected.shape
+    assert (t - expected).norm() <= 1e-6 * expected.norm()  # fp32 sums of 130 terms
