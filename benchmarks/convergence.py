@@ -18,8 +18,9 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Size:
     rows: int
     length: int
     lr: float
+    tied: bool = False
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -62,7 +64,7 @@ class Size:
             num_attention_heads=self.heads,
             num_key_value_heads=self.heads // 2,
             max_position_embeddings=self.length,
-            tie_word_embeddings=False,
+            tie_word_embeddings=self.tied,
         )
 
 
@@ -153,9 +155,13 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def curves_of(
-    size: Size, variants: Sequence[Sequence[str]], steps: int, device: torch.device
+    size: Size,
+    variants: Sequence[Sequence[str]],
+    steps: int,
+    device: torch.device,
+    done: Callable[[dict[str, list[list[float]]]], object],
 ) -> dict[str, list[list[float]]]:
-    """The loss of each step, by variant and seed."""
+    """The loss of each step, by variant and seed; ``done`` is called with all of them after each curve."""
     chain, optim = Chain(size.vocabulary), optimizer_options(size, steps)
     batches = [chain.batch(size.rows, size.length, number) for number in range(steps)]
     curves: dict[str, list[list[float]]] = {}
@@ -166,14 +172,16 @@ def curves_of(
         for seed in SEEDS:
             torch.manual_seed(seed)
             LlamaForCausalLM(size.config()).save_pretrained(folder)
-            ran = {
-                REFERENCE: transformers_curve(folder, torch.float32, "eager", batches, optim, device),
-                HF_BF16: transformers_curve(folder, torch.bfloat16, "sdpa", batches, optim, device),
-                **{name: our_curve(config, batches, device) for name, config in configs.items()},
+            jobs: dict[str, Callable[[], list[float]]] = {
+                REFERENCE: partial(transformers_curve, folder, torch.float32, "eager", batches, optim, device),
+                HF_BF16: partial(transformers_curve, folder, torch.bfloat16, "sdpa", batches, optim, device),
+                **{name: partial(our_curve, config, batches, device) for name, config in configs.items()},
             }
-            for variant, curve in ran.items():
+            for variant, job in jobs.items():
+                curve = job()
                 curves.setdefault(variant, []).append(curve)
                 print(f"seed {seed}, {variant}: {curve[0]:.3f} to {curve[-1]:.3f}", flush=True)
+                done(curves)
     return curves
 
 
@@ -202,17 +210,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--tiny", action="store_true", help="two layers, for a CPU")
+    parser.add_argument("--tied", action="store_true", help="a head that is the embeddings' weight too")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all curves")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves, after each")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     size, device = TINY if options.tiny else SMALL, pick_device(options.device)
     if device.type == "cpu" and not options.tiny:
         parser.error("no GPU here: use --tiny")
-    curves = curves_of(size, [[], *options.variant], options.steps, device)
-    if options.json:
-        options.json.write_text(json.dumps(curves))
+    size = replace(size, tied=options.tied)
+
+    def keep(curves: dict[str, list[list[float]]]) -> None:
+        if options.json:  # whatever comes later
+            options.json.write_text(json.dumps(curves))
+
+    curves = curves_of(size, [[], *options.variant], options.steps, device, keep)
     return 0 if show(curves, size, options.steps) else 1
 
 

@@ -16,7 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from nemo_automodel.components.kernels import gated as gated_module
 from nemo_automodel.components.kernels import linear_cross_entropy as loss_module
@@ -38,11 +47,13 @@ from tests.components.kernels.cases import (
     gated_case,
     linear_case,
     loss_case,
+    mlp_case,
     norm_case,
     rope_case,
+    tied_case,
     values,
 )
-from tests.conftest import tiny, twins
+from tests.conftest import assert_near, tiny, twins
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -221,6 +232,28 @@ def test_gradients_of_a_sum() -> None:
 
 
 # --- more elements than int32 counts
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    "ranks", [{"gate_proj": 16, "up_proj": 16}, {"gate_proj": 8, "up_proj": 32}, {"up_proj": 40}], ids=str
+)
+def test_adapters_in_both_layers_of_an_mlp(ranks: dict[str, int], joined: bool) -> None:
+    """Several stretches of rows and of columns, both with a rest."""
+    assert_no_further(partial(mlp_case, 2, 531, hidden=256, width=2200, ranks=ranks, joined=joined), 1, dtype=BF16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_tied_embeddings(dtype: torch.dtype) -> None:
+    """Tokens as frequent as in text: once, and half of all."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        ids = (1009 ** torch.rand(4, 700)).long() - 1
+        ids[:, ::2] = 17
+        make = partial(tied_case, ids, 1009, 1100, padding=5 if seed else None)
+        assert_no_further(make, 1, dtype=dtype)
+        case = make(dtype=dtype, device=CUDA)
+        assert_equal(case.outcome(case.kernel, case.inputs), case.outcome(case.kernel, case.inputs))
 
 
 def _ends(tensor: Tensor) -> Tensor:
@@ -435,6 +468,35 @@ def test_a_bf16_model_is_no_further_from_float64_than_with_torch(
     for name in ("kernels", "joined") if adapters else ("kernels",):
         assert 0 < means[name] <= 1.05 * means["torch"], means
         assert means[f"{name}, loss"] < 1e-3
+
+
+FUSED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"pad_token_id": 0}),
+    "glm": (GlmForCausalLM, GlmConfig, {"head_dim": 64, "pad_token_id": 0}),
+    "cohere": (CohereForCausalLM, CohereConfig, {"pad_token_id": 0}),
+}
+"""Families whose checkpoints keep rows in another order than the fused projections."""
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("family", FUSED)
+def test_adapters_of_families_with_orders_of_their_own(family: str, joined: bool) -> None:
+    """In fp32, beside torch's operations on separate A and B."""
+    hf_class, config, options = FUSED[family]
+    _, ours = twins(hf_class, tiny(config, **{**CONFIG, **options}))
+    ours = ours.cuda().train()
+    apply_lora(ours, LoRAConfig(r=8), ours.state_dict_adapter.layout)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.02)
+    plain = copy.deepcopy(ours)
+    if joined:
+        join_adapters(ours)
+    _on_torch(plain)
+    expected = _step(plain, 0)
+    for name, value in _step(ours, 0).items():
+        assert_near(value, expected[name], 1e-4, what=name)  # fp32 sums in other orders, through softmax
 
 
 class _Apart(torch.autograd.Function):

@@ -25,6 +25,7 @@ from nemo_automodel.components.kernels.linear_cross_entropy import (
     linear_cross_entropy_reference,
 )
 from nemo_automodel.components.kernels.qkv_rope import HeadNorms, split_and_turn, split_and_turn_reference
+from nemo_automodel.components.kernels.tied import embed_tied
 from nemo_automodel.components.layout import GATE_UP, Fusion, qkv_fusion
 from nemo_automodel.components.peft.config import Update
 from nemo_automodel.components.peft.lora import LoRALinear
@@ -203,6 +204,21 @@ def loss_case(
         lambda h, w: linear_cross_entropy_reference(h, w, **fixed),
         [hidden, weight],
     )
+
+
+def tied_case(ids: Tensor, vocabulary: int, n: int, *, padding: int | None = None, **to: Any) -> Case:
+    """Embeddings of ``ids`` and logits of other rows, so that both uses of the weight have gradients."""
+    weight, hidden = values(vocabulary, n, **to), values(5, n, grad=False, **to)
+    ids = ids.to(weight.device)
+
+    def ours(weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings, head = embed_tied(ids, weight, padding)
+        return embeddings, F.linear(hidden, head)
+
+    def reference(weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return F.embedding(ids, weight, padding), F.linear(hidden, weight)
+
+    return Case(ours, reference, [weight, hidden])
 
 
 QKV = qkv_fusion(6, 2, 4)
@@ -395,6 +411,7 @@ ODD: dict[str, Callable[..., Case]] = {
         f"joined adapters, {name}": partial(linear_case, (3, 7), 40, joined=True, room=32, **options)
         for name, options in ADAPTED.items()
     },
+    "tied embeddings": partial(tied_case, torch.tensor([[3, 0, 8, 8], [3, 3, 1, 3]]), 9, 37, padding=1),
     "adapters, both layers of an MLP": partial(mlp_case, 3, 7, ranks={"gate_proj": 8, "up_proj": 16}),
 }
 """Every kernel on small and odd shapes."""

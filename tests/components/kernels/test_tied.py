@@ -1,33 +1,16 @@
 """The gradient of a weight that embeds tokens and is the head, interpreted: against float64, in one piece of memory."""
 
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_automodel.components.kernels import linear_cross_entropy as loss_module
 from nemo_automodel.components.kernels import tied as kernels
 from nemo_automodel.components.kernels.linear_cross_entropy import linear_cross_entropy
 from nemo_automodel.components.kernels.tied import add_rows, embed_tied
-from tests.components.kernels.cases import BF16, FP32, Case, assert_equal, assert_near, values
+from tests.components.kernels.cases import BF16, FP32, assert_equal, assert_near, tied_case
 
 pytestmark = pytest.mark.interpreted
-
-
-def _case(ids: Tensor, vocabulary: int, n: int, padding: int | None = None, **to: Any) -> Case:
-    """Embeddings and logits of other rows, so that both uses have gradients."""
-    hidden = values(5, n, grad=False, **to)
-
-    def ours(weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings, head = embed_tied(ids, weight, padding)
-        return embeddings, F.linear(hidden, head)
-
-    def reference(weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return F.embedding(ids, weight, padding), F.linear(hidden, weight)
-
-    return Case(ours, reference, [values(vocabulary, n, **to), hidden])
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -37,13 +20,13 @@ def test_near_float64(n: int, block: int, dtype: torch.dtype, monkeypatch: pytes
     monkeypatch.setattr(kernels, "BLOCK", block)
     ids = torch.tensor([3] * 17 + [0, 8, 8, 1, 3] + [5] * 8)[torch.randperm(30)]
     for padding in (None, 3):
-        case = _case(ids.view(2, 15), 9, n, padding, dtype=dtype)
+        case = tied_case(ids.view(2, 15), 9, n, padding=padding, dtype=dtype)
         assert_near(case)
         assert_equal(case.outcome(case.kernel, case.inputs), case.outcome(case.kernel, case.inputs))
 
 
 def test_each_use_alone() -> None:
-    case = _case(torch.tensor([[1, 4, 1]]), 6, 8, dtype=FP32)
+    case = tied_case(torch.tensor([[1, 4, 1]]), 6, 8, dtype=FP32)
     for which in (0, 1):
         grads = [
             torch.autograd.grad(f(*case.inputs)[which].square().sum(), case.inputs[0])[0]
