@@ -276,3 +276,24 @@ def test_flash_attention_is_given_the_bounds_of_packed_rows(
         ours(**inputs, use_cache=False)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_flash_attention_gets_positions_only_where_it_must_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which it does in every layer, and makes the host wait for the device."""
+    seen: list[Tensor | None] = []
+
+    def spy(module: Any, q: Tensor, *others: Any, **options: Any) -> Any:
+        seen.append(options["position_ids"])
+        return q.transpose(1, 2), None
+
+    runs_anywhere(monkeypatch, "flash2")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", spy)
+    _, ours = models("two query heads a key head")
+    ours.config._attn_implementation = "flash_attention_2"
+    ours(IDS, use_cache=False)
+    ours(IDS, position_ids=POSITIONS, use_cache=False)
+    assert seen == [None] * len(seen)
+    ours(IDS, position_ids=POSITIONS, past_key_values=DynamicCache(config=ours.config))
+    assert seen[-1] is POSITIONS

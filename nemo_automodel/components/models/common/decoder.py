@@ -43,7 +43,7 @@ from nemo_automodel.components.models.common.te import attention as _te_attentio
 from nemo_automodel.components.models.common.te.float8 import around_forward
 from nemo_automodel.components.models.common.te.modules import use_te_linears
 from nemo_automodel.components.models.common.tp_plan import layers_plan_of
-from nemo_automodel.components.models.common.varlen import FOR_A_MASK, Documents, documents_of_batch
+from nemo_automodel.components.models.common.varlen import FOR_A_MASK, Documents, documents_of_batch, takes_bounds
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Layer type -> the function of transformers that makes its attention mask (and finds packed documents)."""
@@ -274,11 +274,13 @@ class DecoderModel(DecoderPreTrainedModel):
         first = not isinstance(self.embed_tokens, Elsewhere)
         hidden_states = self._first_hidden_states(inputs_embeds) if first else inputs_embeds
         position_embeddings = self._position_embeddings(hidden_states, position_ids)
+        known = packed is None or kwargs.get("cu_seq_lens_q") is not None
+        positions = None if known and self._only_looks_for_documents() else position_ids
         for layer, layer_type in zip(self.layers, self.spec.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
-                position_ids=position_ids,
+                position_ids=positions,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings[layer_type],
@@ -287,6 +289,12 @@ class DecoderModel(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _only_looks_for_documents(self) -> bool:
+        """Whether layers use positions for nothing else: FlashAttention looks, and waits, in each of them."""
+        implementation = self.config._attn_implementation
+        flash = takes_bounds(implementation) and implementation not in FOR_A_MASK
+        return flash and self.spec.rope.query_growth is None and self.context is None
 
     def _first_hidden_states(self, inputs_embeds: Tensor) -> Tensor:
         factor = self.spec.embedding_multiplier
