@@ -284,32 +284,24 @@ class _Linear(torch.autograd.Function):
         low_rank, recipe = ctx.low_rank, ctx.recipe
         with_source, _, with_weight, with_bias = ctx.needs_input_grad[:4]
         shape, width = (*grad.shape[:-1], weight.shape[1]), weight.shape[1]
-        grad_x = grad_t = x = of_a = cast("Any", None)
+        x = of_a = cast("Any", None)
         of_b = ctx.own and ctx.own.take(grad)
         grad = rows(grad)
         flat = rows(total if source is None else source)
-        if low_rank is not None:
-            if low_rank.writes != ctx.writes or low_rank.joined is None:  # another forward pass wrote other adapters
-                _, b = _packed(low_rank, grad, weight, parameters)
-            else:
-                b = low_rank.joined[:, width:]
-            # not where x is no recipe: its gradient, whose rows lie apart, would go elsewhere than to our own kernels
-            grad_x, grad_t = _both_gradients(grad, weight, b, low_rank, together=recipe is not None)
-        elif with_source:
-            grad_x = grad @ weight
-
+        grad_x, grad_t = _gradients(ctx, grad, weight, parameters)
         if isinstance(recipe, int):
             shape = *shape[:-1], 2 * width
-            if low_rank is not None:  # one kernel adds the adapters' part, and makes x as it passes
+            if low_rank is not None and with_source:  # one kernel adds the adapters' part, and makes x as it passes
                 grad_x, of_a = _through_gate(grad_x, flat, recipe, grad_t, a, ctx.behind, t_behind)
             else:
-                x = flat.new_empty(flat.shape[0], width) if with_weight else None
+                x = flat.new_empty(flat.shape[0], width) if with_weight or low_rank is not None else None
                 if grad_x is not None:
                     grad_x = gated_backward(grad_x, flat, x, recipe)
                 elif x is not None:
                     gated_forward(flat, x, recipe)
+                of_a = None if grad_t is None else grad_t.t() @ x
         else:
-            if grad_t is not None:
+            if grad_t is not None and with_source:
                 grad_x.addmm_(grad_t, a)
             if isinstance(recipe, tuple) and with_weight:
                 x = torch.empty_like(flat)
@@ -365,13 +357,21 @@ def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor
     return product(*quantized(grad, scale.squeeze(1)), transposed(weight), None, grad.dtype)
 
 
-def _both_gradients(
-    grad: Tensor, weight: Tensor, b: Tensor, low_rank: LowRank, together: bool
-) -> tuple[Tensor, Tensor]:
-    """Of the input and of ``t``; by one product, with rows apart, if ``together`` is wanted and can be."""
-    if low_rank.joined is None or not together:
+def _gradients(ctx: Any, grad: Tensor, weight: Tensor, parameters: Sequence[Tensor]) -> tuple[Any, Any]:
+    """``grad W``, and the gradient of ``t``: each where it is needed, by one product, with rows apart, where it can."""
+    low_rank, width, with_source = ctx.low_rank, weight.shape[1], ctx.needs_input_grad[0]
+    if low_rank is None:
+        return grad @ weight if with_source else None, None
+    if low_rank.writes != ctx.writes or low_rank.joined is None:  # another forward pass wrote other adapters
+        _, b = _packed(low_rank, grad, weight, parameters)
+    else:
+        b = low_rank.joined[:, width:]
+    if not with_source:  # the first layer, of frozen embeddings
+        return None, grad @ b
+    # not where x is no recipe: its gradient, whose rows lie apart, would go elsewhere than to our own kernels
+    if low_rank.joined is None or ctx.recipe is None:
         return _base_gradient(grad, weight, low_rank.scale), grad @ b
-    both, width = grad @ low_rank.joined, weight.shape[1]
+    both = grad @ low_rank.joined
     return both[:, :width], both[:, width:]
 
 

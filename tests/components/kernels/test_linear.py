@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_automodel.components.kernels import gated as gated_module
+from nemo_automodel.components.kernels import linear as linear_module
 from nemo_automodel.components.kernels.add_norm import add_norm_reference
 from nemo_automodel.components.kernels.gated import gated, gated_reference
 from nemo_automodel.components.kernels.launch import runs_on
@@ -294,3 +295,14 @@ def test_a_gradient_that_is_another_by_then_is_multiplied_itself(change: str, mo
         torch.testing.assert_close(one, other)
     assert not any(taken)
     assert len(taken) == 2
+
+
+@pytest.mark.parametrize("name", ["plain", "gated", "normed gate_up"])
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
+def test_an_input_that_needs_no_gradient_gets_none(name: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product with the weight is then not done: of frozen embeddings, in the first layer."""
+    monkeypatch.setattr(linear_module, "_base_gradient", None)
+    case = linear_case((3, 7), 40, dtype=FP32, joined=joined, room=32, **ADAPTED[name])
+    given = 3 if name.startswith("normed") else 1
+    case.inputs[:given] = [x if x is None else x.detach() for x in case.inputs[:given]]
+    assert_near(case)
