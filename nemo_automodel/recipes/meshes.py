@@ -43,11 +43,6 @@ def stages_of_rank(config: "TrainConfig", mesh: Mesh) -> list[int]:
 
 def _check_options(config: "TrainConfig", mesh: Mesh) -> None:
     """What needs no model."""
-    if config.model.compile and mesh.tp > 1:
-        raise ValueError(
-            f"model.compile=true with mesh.tp={mesh.tp}: gradients of compiled tensor-parallel layers came out wrong "
-            "(torch 2.13), so the two do not go together; leave one of them out"
-        )
     if config.model.cpu_offload and (mesh.device_type == "cpu" or mesh.averaged == 1):
         raise ValueError(
             f"model.cpu_offload moves FSDP's shards off GPUs, and here is {mesh.device_type}, {mesh}; leave it at "

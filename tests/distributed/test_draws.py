@@ -12,10 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaConfig
 
-from nemo_automodel.components.distributed import parallelize_tensors
+from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel.components.distributed import Mesh, Options, parallelize, parallelize_tensors
+from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes.train import Run, TrainConfig
+from tests.conftest import tiny
 from tests.distributed.equality import options_of, words_of
 from tests.distributed.ranks import run_ranks
 
@@ -109,8 +113,13 @@ class _ByHand(nn.Module):
 
 def _refused() -> None:
     with pytest.raises(ValueError, match="dropout has dropout, and tensor parallelism cannot know"):
-        parallelize_tensors(_ByHand(), {"up_proj": "colwise"}, init_device_mesh("cpu", (1,)))
+        parallelize_tensors(_ByHand(), {"up_proj": "colwise"}, init_device_mesh("cpu", (2,)))
+    config = tiny(LlamaConfig, attention_dropout=0.1, architectures=["LlamaForCausalLM"])
+    model = NeMoAutoModelForCausalLM.from_config(config, device="meta")
+    with pytest.raises(ValueError, match=r"mesh.tp=2: model.layers.0.self_attn has dropout, of which compiled layers"):
+        parallelize(model, Mesh({"tp": 2}), Options(tp_plan=tp_plan_of(model), compile=True))
 
 
-def test_dropout_of_who_knows_what_is_refused() -> None:
-    run_ranks(1, _refused)
+@pytest.mark.ranks
+def test_dropout_that_would_be_wrong_is_refused() -> None:
+    run_ranks(2, _refused)

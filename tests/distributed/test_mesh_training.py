@@ -107,12 +107,22 @@ def test_a_broken_rule_is_seen(rule: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"dp_shard": 2}, {"cp": 2}], ids=str)
-def test_compiled_layers_train_the_same(mesh: dict[str, int], tmp_path: Path) -> None:
-    options = options_of(tmp_path, "llama", True, data__packing="true", data__max_length=96)
+@pytest.mark.parametrize(
+    ("mesh", "more"),
+    [
+        ({"dp_shard": 2}, {}),
+        ({"cp": 2}, {}),
+        ({"tp": 2}, {}),
+        ({"tp": 2}, {**NO_SEQUENCE, **LORA}),
+        ({"tp": 2, "dp_shard": 2}, {"model__gradient_checkpointing": "true"}),
+    ],
+    ids=str,
+)
+def test_compiled_layers_train_the_same(mesh: dict[str, int], more: dict[str, Any], tmp_path: Path) -> None:
+    options = options_of(tmp_path, "llama", True, data__packing="true", data__max_length=96, **more)
     record(words_of({**options, "output_dir": tmp_path / "one"}), tmp_path / "one-tensors")
     options["model.compile"] = "true"
-    assert_equal_training(tmp_path, options, mesh, 2, "_without_inductor")
+    assert_equal_training(tmp_path, options, mesh, math.prod(mesh.values()), "_without_inductor")
 
 
 MESHES: list[dict[str, int]] = [{"pp": 2}, {"tp": 2}, {"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}]

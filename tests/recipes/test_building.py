@@ -25,7 +25,6 @@ REFUSED = [
     (4, {"mesh__pp": 4}, r"pp=4 .*2 layers"),
     (2, {"mesh__pp": 2, "mesh__pp_schedule": "Interleaved1F1B"}, r"pp=2 makes 4 stages of the 2 layers"),
     (2, {"mesh__pp": 2, "train__micro_batch_size": 6}, r"not go with 1 micro.*=6 of the 6 .*; it may be 1, 2, 3, 4, 5"),
-    (2, {"mesh__tp": 2, "model__compile": "true"}, r"model.compile=true with mesh.tp=2"),
     (2, {"model__cpu_offload": "true"}, r"model.cpu_offload moves FSDP's shards off GPUs, and here is cpu, dp_shard=2"),
     (
         2,

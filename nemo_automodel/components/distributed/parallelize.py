@@ -11,7 +11,7 @@ from nemo_automodel.components.distributed.context import parallelize_context, s
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers
 from nemo_automodel.components.distributed.mesh import Mesh
 from nemo_automodel.components.distributed.stages import keep_stage
-from nemo_automodel.components.distributed.tensor import parallelize_tensors
+from nemo_automodel.components.distributed.tensor import has_dropout, parallelize_tensors
 
 Checkpointing = Literal[False, True, "selective"]
 
@@ -58,6 +58,11 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
     if (axis := mesh.axis("tp")) is not None:
         # attention written by hand may take the sequence's length from states of which each rank would have a part
         by_sequence = mesh.sequence_parallel and shares_sequences(model)
+        if options.compile and (dropping := [name for name, each in model.named_modules() if has_dropout(each)]):
+            raise ValueError(
+                f"model.compile=true with mesh.tp={mesh.tp}: {dropping[0]} has dropout, of which compiled layers would "
+                "drop the same on ranks that have other parts; set the dropout to 0, or leave out compile or tp"
+            )
         sums = mesh.axis("dp_replicate", "fsdp") is not None
         parallelize_tensors(model, options.tp_plan, axis, layer_classes if by_sequence else (), sums)
     parallelize_context(model, mesh)

@@ -14,8 +14,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -107,6 +107,17 @@ class Local(ParallelStyle):
         return module
 
 
+class _Vocabulary(RowwiseParallel):
+    """An embedding of which each rank has some rows."""
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, device_mesh: Any
+    ) -> Any:
+        # waited for: what torch leaves under way gets no gradient from a compiled layer (torch 2.13, AOTAutograd)
+        return outputs.redistribute(placements=output_layouts).to_local()
+
+
 def _taken_apart(module: nn.Module, mesh: DeviceMesh, cut: Mapping[str, Placement]) -> nn.Module:
     """A copy of ``module`` that computes on plain tensors; in the module itself parameters become DTensors."""
     for name, parameter in list(module.named_parameters()):
@@ -142,7 +153,7 @@ STYLES: Mapping[str, Callable[[bool], ParallelStyle]] = {
     "rowwise": _style(cut=_OF_COLUMNS, given=CHANNELS, used=CHANNELS, made=TERM, wanted=WHOLE),
     "colwise_rep": _style(cut=_OF_ROWS, given=WHOLE, used=WHOLE, made=CHANNELS, wanted=WHOLE),
     "rowwise_rep": _style(cut=_OF_COLUMNS, given=WHOLE, used=CHANNELS, made=TERM, wanted=WHOLE),
-    "embedding_rowwise": lambda _: RowwiseParallel(input_layouts=Replicate()),
+    "embedding_rowwise": lambda _: _Vocabulary(input_layouts=Replicate()),
     "replicated_with_grad_allreduce": lambda _: NormOfHeads(),
 }
 """What a plan may ask of a module, in transformers' words; ``_rep``: its output, or input, is whole on every rank.
@@ -214,6 +225,12 @@ def _draw_own_where_cut(modules: Iterable[nn.Module], layers: Iterable[nn.Module
             draw_own(module, mesh)
     for layer in layers:  # not around the whole layer, which may be checkpointed within
         setattr(layer, "residual_draws", partial(own_draws, mesh))  # noqa: B010  (a declared one, of the layer)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether ``module`` itself, of a layer, without those in it, drops anything while it trains."""
+    names = ("attention_dropout", "residual_dropout")
+    return (isinstance(module, nn.Dropout) and module.p > 0) or any(getattr(module, name, 0.0) > 0 for name in names)
 
 
 def _check_dropout(modules: Mapping[str, nn.Module], planned: Collection[str], sequence_of: Collection[str]) -> None:
@@ -321,16 +338,23 @@ def _local(parameter: Tensor, sums: bool) -> Tensor:
         placements = [TERM if each.is_replicate() else each for each in parameter.placements]
         return parameter.to_local(grad_placements=placements)
     own = parameter.to_local(grad_placements=[WHOLE])
-    if own.requires_grad:
-        own.register_hook(partial(_summed, parameter.device_mesh.get_group()))
-    return own
+    summed: Tensor = _Summed.apply(own, parameter.device_mesh.get_group().group_name)  # type: ignore[no-untyped-call]
+    return summed
 
 
-def _summed(ranks: dist.ProcessGroup, term: Tensor) -> Tensor:
-    """The sum of the ranks' terms, rounded once."""
-    total = term.to(torch.promote_types(term.dtype, torch.float32), copy=True)
-    dist.all_reduce(total, group=ranks)
-    return total.to(term.dtype)
+class _Summed(torch.autograd.Function):
+    """Nothing; the gradient is the sum of the ranks' terms, rounded once. No hook: these do not go into graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: str) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *terms: Tensor) -> Any:
+        wide = torch.promote_types(terms[0].dtype, torch.float32)
+        total = wait_tensor(all_reduce(terms[0].to(wide), "sum", ctx.ranks))
+        return total.to(terms[0].dtype), None
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
