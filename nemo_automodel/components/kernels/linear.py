@@ -28,6 +28,7 @@ from nemo_automodel.components.kernels.gated import (
     gated_low_rank_forward,
 )
 from nemo_automodel.components.kernels.launch import in_fp32, rows, runs_on, untouched
+from nemo_automodel.components.kernels.low_rank import add_product
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ class _Linear(torch.autograd.Function):
                 y = F.linear(whole, joined, bias)
             else:
                 t = x @ a.t() if t is None else t
-                y = _base(x, weight, bias, low_rank.scale).addmm_(t, b.t())
+                y = _base(x, weight, bias, low_rank.scale)
+                _add_product(y, t, b.t())
         normed = recipe if isinstance(recipe, Normed) else None
         # the parameters only so that autograd sees it if a step changes them before the backward pass
         ctx.save_for_backward(
@@ -302,7 +304,7 @@ class _Linear(torch.autograd.Function):
                 of_a = None if grad_t is None else grad_t.t() @ x
         else:
             if grad_t is not None and with_source:
-                grad_x.addmm_(grad_t, a)
+                _add_product(grad_x, grad_t, a)
             if isinstance(recipe, tuple) and with_weight:
                 x = torch.empty_like(flat)
                 add_norm_forward(flat, None, norm_weight, None, x, None, *recipe)
@@ -340,6 +342,14 @@ def _through_gate(
     )
     behind.give(grad_gate_up, sums)
     return grad_gate_up, of_a
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right``."""
+    if runs_on(out):
+        add_product(out, left, right)
+    else:  # float8's reference
+        out.addmm_(left, right)
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:

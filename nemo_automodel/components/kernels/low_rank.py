@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from nemo_automodel.components.kernels.adamw import queued
-from nemo_automodel.components.kernels.launch import jit, tl
+from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, tl, wrapped
 
 BLOCK = 2048
 """Elements of a parameter that one program moves."""
+TILE, HIGHEST_RANK = (64, 128, 4), 128
+"""Rows, columns and warps of a program that adds a product; the ranks up to which it does."""
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,44 @@ def low_rank_unpack_kernel(  # type: ignore[no-untyped-def]
             value *= tl.load(COLUMNS + column, mask=inside, other=0.0).to(tl.float32) + offset
     out = WHOLE + tl.load(entry + 2)
     tl.store(out + at, (value * scale).to(WHOLE.dtype.element_ty), mask=inside)
+
+
+@torch.library.triton_op("nemo_automodel::add_product", mutates_args={"out"})
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left @ right``, rounded once: bound by ``out``'s memory, which torch's ``addmm_`` uses by half.
+
+    Args:
+        out: ``[rows, n]``, whose rows may lie apart.
+        left: ``[rows, r]``, likewise.
+        right: ``[r, n]``, with any strides.
+    """
+    (count, width), rank = out.shape, right.shape[0]
+    if rank > HIGHEST_RANK or (out.dtype == torch.float32 and not INTERPRETED):  # fp32's exact products want registers
+        out.addmm_(left, right)
+    elif out.numel():
+        tile, block, warps = TILE
+        wrapped(add_product_kernel)[(-(-count // tile) * -(-width // block),)](
+            out, left, right, count, width, rank, out.stride(0), left.stride(0), right.stride(0), right.stride(1),
+            RANK=max(16, power_of_two(rank)), ROWS=tile, BLOCK=block, WIDE=INTERPRETED, num_warps=warps,
+        )  # fmt: skip
+
+
+@jit
+def add_product_kernel(  # type: ignore[no-untyped-def]
+    OUT, LEFT, RIGHT, count, width, rank, out_stride, left_stride, right_stride, right_step,
+    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    r = tl.arange(0, RANK)
+    at, inside = OUT + row * out_stride + cols, (row < count) & (cols < width)
+    total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    left = tl.load(LEFT + row * left_stride + r[None, :], mask=(row < count) & (r[None, :] < rank), other=0.0)
+    there = RIGHT + r[:, None].to(tl.int64) * right_stride + cols.to(tl.int64) * right_step
+    right = tl.load(there, mask=(r[:, None] < rank) & (cols < width), other=0.0)
+    if WIDE:  # interpreted, where bit patterns would be multiplied
+        total += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    else:
+        total += tl.dot(left, right, input_precision="ieee")
+    tl.store(at, total.to(OUT.dtype.element_ty), mask=inside)
