@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_automodel.components.models.common import capabilities
-from nemo_automodel.components.models.common.te import attention, engine, float8, rope
+from nemo_automodel.components.models.common.te import attention, engine, float8, modules, rope
 
 
 class Recipes:
@@ -162,7 +162,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = (Linear, RMSNorm, LayerNorm, DotProductAttention, autocast)
     recipe = {name: _recipe(name) for name in ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling")}
     formats = SimpleNamespace(HYBRID="HYBRID", E4M3="E4M3")
-    modules: dict[str, dict[str, Any]] = {
+    package: dict[str, dict[str, Any]] = {
         "transformer_engine": {},
         "transformer_engine.common": {},
         "transformer_engine.common.recipe": {**recipe, "Format": formats},
@@ -170,7 +170,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "transformer_engine.pytorch.attention": {},
         "transformer_engine.pytorch.attention.rope": {"apply_rotary_pos_emb": apply_rotary_pos_emb},
     }
-    for name, content in modules.items():
+    for name, content in package.items():
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
@@ -178,8 +178,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         if parent:
             setattr(sys.modules[parent], leaf, module)
     monkeypatch.setattr(capabilities.Package, "installed", lambda self: True)
-    for place in (engine, rope):
-        monkeypatch.setattr(place, "refuse_off_gpu", lambda x: None)
+    for place in (engine, float8, modules, rope):
+        monkeypatch.setattr(place, "refuse_off_gpu", lambda x=None: None)
     own = capabilities.BY_IMPLEMENTATION["te"]
     table = replace(own, on={capabilities.ANY: own.on["cuda"]._replace(dtypes=capabilities.DOUBLE, compute=(0, 0))})
     for names in (capabilities.BY_IMPLEMENTATION, capabilities.ATTENTIONS):

@@ -46,7 +46,7 @@ from nemo_automodel.components.models.common import (
     initialize_rms_norm_module,
 )
 from nemo_automodel.components.models.common.te.attention import dot_product, layout_of
-from nemo_automodel.components.models.common.te.float8 import TEFloat8
+from nemo_automodel.components.models.common.te.float8 import TEFloat8, around_forward
 from nemo_automodel.components.models.common.te.modules import TELinear, float8_state
 from nemo_automodel.components.models.common.te.rope import Tokens
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
@@ -138,9 +138,15 @@ def test_modules_are_made_anywhere_and_computed_on_a_gpu_only() -> None:
     assert isinstance(linear, nn.Linear)
     assert not list(linear.children())
     assert initialize_rms_norm_module("te", 8).weight.tolist() == [1.0] * 8
-    for module in (linear, initialize_rms_norm_module("te", 8)):
+    for module in (linear, initialize_rms_norm_module("te", 8), TELinear(8, 6, float8=TEFloat8())):
         with pytest.raises(ValueError, match="computes on CUDA only, and this model is on cpu"):
             module(torch.zeros(2, 8))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_recipe_that_looks_back_wants_a_gpu() -> None:
+    with pytest.raises(ValueError, match="computes on CUDA only, and there is none: choose"):
+        around_forward(TEFloat8(recipe="delayed"), recomputes=False)
 
 
 def test_copies_compute_with_engines_of_their_own(te: None) -> None:

@@ -1,7 +1,7 @@
 """A module of Transformer Engine behind one of ours, which has the parameters, the names and the state dict."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,16 @@ class Engine:
         return output
 
 
-def refuse_off_gpu(x: Tensor) -> None:
-    """Raise a ValueError that names the device, where Transformer Engine does not compute on it."""
-    if not x.is_cuda:
-        raise ValueError(
-            f"Transformer Engine computes on CUDA only, and this model is on {x.device.type}: move it there, or choose "
-            "backend.attn='sdpa', backend.linear='torch', backend.rms_norm='torch' and backend.rope_fusion=False"
-        )
+def refuse_off_gpu(x: Tensor | None = None) -> None:
+    """Raise a ValueError where Transformer Engine does not compute on the device of ``x``; None: anywhere here."""
+    if x is None and not torch.cuda.is_available():
+        _refuse("there is none")
+    if x is not None and not x.is_cuda:
+        _refuse(f"this model is on {x.device.type}")
+
+
+def _refuse(where: str) -> NoReturn:
+    raise ValueError(
+        f"Transformer Engine computes on CUDA only, and {where}: choose backend.attn='sdpa', backend.linear='torch', "
+        "backend.rms_norm='torch' and backend.rope_fusion=False"
+    )

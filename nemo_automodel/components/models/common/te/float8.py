@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, Literal
 
+from nemo_automodel.components.models.common.te.engine import refuse_off_gpu
+
 MULTIPLE = 16
 """Of channels, which float8 products take; and of tokens, which are filled up."""
 
@@ -89,10 +91,11 @@ def around_forward(float8: TEFloat8 | None, recomputes: bool) -> AbstractContext
     """What a model's forward pass runs in: at its end, scales that look back take in what was seen.
 
     Raises:
-        ValueError: layers will be computed again, which such scales do not go with.
+        ValueError: there is no GPU, or layers will be computed again, which such scales do not go with.
     """
     if float8 is None or not float8.looks_back:  # a layer by itself is enough
         return nullcontext()
+    refuse_off_gpu()
     if recomputes:
         float8.refuse_recomputation()
     return float8.multiplying()

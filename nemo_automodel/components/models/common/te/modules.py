@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
-from nemo_automodel.components.models.common.te.engine import Engine
+from nemo_automodel.components.models.common.te.engine import Engine, refuse_off_gpu
 from nemo_automodel.components.models.common.te.float8 import MULTIPLE, TEFloat8
 
 
@@ -56,6 +56,7 @@ class TELinear(nn.Linear):
         """``[..., in] -> [..., out]``."""
         if self.float8 is None:
             return self._product(input)
+        refuse_off_gpu(input)  # before the recipe does
         rows = input.reshape(-1, input.shape[-1])
         more = -len(rows) % MULTIPLE
         with self.float8.multiplying():
