@@ -254,7 +254,7 @@ def _taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return taken
 
 
-RANKS = [{"gate_proj": 8, "up_proj": 16}, {"gate_proj": 32, "up_proj": 1}, {"up_proj": 33}]
+RANKS = [{"gate_proj": 8, "up_proj": 16}, {"gate_proj": 32, "up_proj": 3}, {"up_proj": 33}]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_adapters_of_gate_and_up_get_their_gradient_from_the_next_layer(
     monkeypatch.setattr(gated_module, "STRETCH", 16)
     taken = _taken(monkeypatch)
     for joined in (False, True):
-        case = mlp_case(3, 7, ranks=ranks, joined=joined and sum(ranks.values()) % 8 == 0, dtype=dtype)
+        case = mlp_case(3, 7, hidden=64, ranks=ranks, joined=joined and sum(ranks.values()) % 8 == 0, dtype=dtype)
         assert_near(case, CHANCE)
         assert_equal(case.outcome(case.kernel, case.inputs), case.outcome(case.kernel, case.inputs))
     assert all(taken) if max(ranks.values()) <= 32 else not any(taken)
