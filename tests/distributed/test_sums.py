@@ -1,4 +1,6 @@
-"""Terms of a whole parameter's gradient that tensor-parallel ranks have are added in fp32, beside float64."""
+"""Tensor-parallel parameters: terms of whole ones' gradients are added in fp32; what FSDP has cut is not kept whole."""
+
+import gc
 
 import pytest
 import torch
@@ -6,8 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from nemo_automodel.components.distributed import parallelize_tensors
+from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel.components.distributed import Mesh, Options, parallelize, parallelize_tensors
+from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
+from tests.conftest import tiny
 from tests.distributed.ranks import run_ranks
 
 RANKS = 4
@@ -61,3 +66,18 @@ def test_terms_are_added_in_fp32(sums: bool) -> None:
         else:
             assert left == TERMS[rank].tolist()
             assert taken == exact.tolist()
+
+
+def _left_behind() -> list[torch.Size]:
+    """Shapes of parameters that are no longer the model's."""
+    model = NeMoAutoModelForCausalLM.from_config(tiny(architectures=["LlamaForCausalLM"]), device="cpu")
+    parallelize(model, Mesh({"tp": 2, "dp_shard": 2}), Options(tp_plan=tp_plan_of(model)))
+    gc.collect()
+    own = {id(parameter) for parameter in model.parameters()}
+    parameters = (each for each in gc.get_objects() if isinstance(each, nn.Parameter))
+    return [each.shape for each in parameters if isinstance(each, DTensor) and id(each) not in own]
+
+
+@pytest.mark.ranks
+def test_what_fsdp_has_sharded_is_not_kept_whole() -> None:
+    assert run_ranks(4, _left_behind) == [[]] * 4

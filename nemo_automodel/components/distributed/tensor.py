@@ -127,7 +127,7 @@ def _taken_apart(module: nn.Module, mesh: DeviceMesh, cut: Mapping[str, Placemen
             distribute_tensor(parameter.detach(), mesh, [placement]), requires_grad=parameter.requires_grad
         )
     plain = copy.copy(module)
-    plain._parameters = dict(module._parameters)
+    plain._parameters = dict.fromkeys(module._parameters)  # given with each call; FSDP will put others into the module
     return plain
 
 
