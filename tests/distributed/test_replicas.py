@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nemo_automodel.components.distributed import Mesh, diverged
-from nemo_automodel.components.distributed.replicas import fingerprint
+from nemo_automodel.components.distributed.replicas import DRAWS, fingerprint
 from nemo_automodel.components.optim import MasterAdamW
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes.train import TrainConfig, TrainingError, train
@@ -46,6 +46,8 @@ def _on_a_rank() -> list[Any]:
         found.append(diverged(tensors, mesh))
         local.view(-1)[-1] -= float(rank == 3)
         local.copy_(local.round(decimals=3))
+    torch.manual_seed(int(rank == 3))
+    found.append(diverged(tensors, mesh))
     return found
 
 
@@ -59,6 +61,7 @@ def test_what_drifted_is_named_with_its_axis() -> None:
         assert results[1][which] == {name: "dp_replicate"}
         assert results[2][which] == ({} if cut else {name: "tp"})
         assert results[3][which] == {name: "dp_replicate" if cut else "dp_replicate, tp"}
+    assert [rank[4] for rank in results] == [{}, {}, {DRAWS: "tp"}, {DRAWS: "tp"}]
 
 
 def _drifts(words: list[str], name: str) -> str:

@@ -1,6 +1,6 @@
 """Whether ranks that should hold the same numbers still do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from nemo_automodel.components.placement import local
 PIECE = 2**24
 """Elements that are hashed at once: eight bytes of scratch memory each, a few times."""
 
+DRAWS = "the random generator"
+"""Name of its state, among the tensors that ranks hold copies of."""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = -7046029254386353131  # 2^64 over the golden ratio: neighbouring places get factors that are far apart
 
@@ -22,6 +25,8 @@ def diverged(
 ) -> dict[str, str]:
     """Names of tensors that differ between ranks that hold copies -> the axes of the mesh along which they do.
 
+    Along ``tp`` the state of the random generators, `DRAWS`, is such a tensor too: ranks drop alike what all compute.
+
     Args:
         tensors: the same names in the same order on every rank of a pipeline stage, all of which call this; plain
             (copies everywhere) or DTensors (copies along the axes that do not cut them).
@@ -30,23 +35,31 @@ def diverged(
     """
     found: dict[str, str] = {}
     for axis in ("dp_replicate", "fsdp", "tp"):
-        copies = [name for name, tensor in tensors.items() if not _cut_along(tensor, axis)]
-        if (ranks := mesh.axis(axis)) is None or not copies:
+        if (ranks := mesh.axis(axis)) is None:
             continue
-        for name in _unlike(tensors, copies, ranks.get_group()):
+        copies = {name: tensor for name, tensor in tensors.items() if not _cut_along(tensor, axis)}
+        if copies and axis == "tp":
+            copies[DRAWS] = _random_state(local(next(iter(copies.values()))).device)
+        for name in _unlike(copies, ranks.get_group()) if copies else ():
             found[name] = f"{found[name]}, {axis}" if name in found else axis
     for name, group in (shared or {}).items():
-        if _unlike(tensors, [name], group):
+        if _unlike({name: tensors[name]}, group):
             found[name] = f"{found[name]}, pp" if name in found else "pp"
     return found
 
 
-def _unlike(tensors: Mapping[str, Tensor], names: Sequence[str], group: dist.ProcessGroup) -> list[str]:
-    low = torch.stack([fingerprint(tensors[name]) for name in names])
+def _random_state(device: torch.device) -> Tensor:
+    """Of the generators of the host and of ``device``, bytes on it."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states).to(device)
+
+
+def _unlike(copies: Mapping[str, Tensor], group: dist.ProcessGroup) -> list[str]:
+    low = torch.stack([fingerprint(copy) for copy in copies.values()])
     high = low.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group)
     dist.all_reduce(high, dist.ReduceOp.MAX, group)
-    return [name for name, differs in zip(names, (low != high).tolist(), strict=True) if differs]
+    return [name for name, differs in zip(copies, (low != high).tolist(), strict=True) if differs]
 
 
 @torch.no_grad()
