@@ -117,7 +117,8 @@ def equality(ranks: int, tiny: bool) -> Iterator[Row]:
             words=f"{common} {words}",
             values=values,
         )
-    for name, words in meshes(ranks).items():
+    compiled = {f"tp={ranks} compiled": f"--mesh.tp {ranks} --model.compile true"}
+    for name, words in (meshes(ranks) | compiled).items():
         yield Row(
             section="equality",
             name=name,
