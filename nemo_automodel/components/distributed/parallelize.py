@@ -49,8 +49,8 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
         options: what else.
 
     Raises:
-        ValueError: a plan does not fit the model, it cannot share sequences, or it has no layers to shard by, or too
-            few for the stages.
+        ValueError: a plan does not fit the model, it cannot share sequences, it has no layers to shard by, or too few
+            for the stages, or dropout in layers that are compiled for ``tp``.
     """
     if options.stages > 1:
         keep_stage(model, options.stage, options.stages)
