@@ -230,9 +230,10 @@ def gated_forward(gate_up: Tensor, out: Tensor, activation: int) -> None:
         )
 
 
-@torch.library.triton_op("nemo_automodel::gated_low_rank_forward", mutates_args={"out"})
 def gated_low_rank_forward(gate_up: Tensor, out: Tensor, activation: int, a: Tensor) -> Tensor:
     """`gated_forward`, and ``out @ a^T`` ``[rows, r]``, for which ``out`` would otherwise be read again.
+
+    No operator of torch, which would take longer to call than the kernel to launch.
 
     Args:
         gate_up: ``[rows, 2 * width]``.
@@ -247,7 +248,7 @@ def gated_low_rank_forward(gate_up: Tensor, out: Tensor, activation: int, a: Ten
     tile, block, warps = FORWARD_TILE
     splits = -(-width // FORWARD_STRETCH)
     sums = torch.empty((splits, count, rank), dtype=torch.float32, device=out.device)
-    wrapped(gated_low_rank_forward_kernel)[(-(-count // tile), splits)](
+    gated_low_rank_forward_kernel[(-(-count // tile), splits)](
         gate_up, out, a, sums, count, width, rank, gate_up.stride(0), out.stride(0), a.stride(0),
         KIND=activation, RANK=max(16, power_of_two(rank)), STRETCH=FORWARD_STRETCH, ROWS=tile, BLOCK=block,
         WIDE=INTERPRETED, num_warps=warps,
@@ -276,7 +277,6 @@ def gated_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None, activation
     return grad_gate_up
 
 
-@torch.library.triton_op("nemo_automodel::gated_low_rank_backward", mutates_args={})
 def gated_low_rank_backward(
     grad: Tensor,
     gate_up: Tensor,
@@ -307,7 +307,7 @@ def gated_low_rank_backward(
     sums = torch.empty((splits, rank, width), dtype=torch.float32, device=grad.device)
     paired = 0 if t is None or max(of_gate, of_up) > HIGH_PAIRED else max(16, power_of_two(max(of_gate, of_up)))
     pair_sums = sums.new_empty((splits, of_gate + of_up, width) if paired else 0)
-    wrapped(gated_low_rank_backward_kernel)[(-(-width // block), splits)](
+    gated_low_rank_backward_kernel[(-(-width // block), splits)](
         grad, gate_up, grad_gate_up, left, right, sums, left if t is None else t, pair_sums, count, width, rank,
         of_gate, of_up, grad.stride(0), gate_up.stride(0), left.stride(0), right.stride(0),
         0 if t is None else t.stride(0),

@@ -243,20 +243,16 @@ class _Linear(torch.autograd.Function):
             y = F.linear(x, weight, bias)
         else:
             a, b = _packed(low_rank, x, weight, parameters)
-            if isinstance(recipe, int):
-                t = gated_low_rank_forward(rows(source), x, recipe, a)
+            t = gated_low_rank_forward(rows(source), x, recipe, a) if isinstance(recipe, int) else x @ a.t()
             if joined is not None and (isinstance(recipe, int) or (isinstance(recipe, Normed) and recipe.room >= room)):
                 # data: what is written lies beside x, which others may have kept
                 whole = x.data.as_strided((x.shape[0], width + room), x.stride())
-                if t is None:
-                    t = torch.mm(x, a.t(), out=whole[:, width:]).contiguous()
-                else:
-                    whole[:, width:] = t
+                whole[:, width:] = t
                 y = F.linear(whole, joined, bias)
             else:
-                t = x @ a.t() if t is None else t
                 y = _base(x, weight, bias, low_rank.scale)
-                _add_product(y, t, b.t())
+                # not in place: selective checkpointing keeps the product, and takes it for it in the backward pass
+                y = _add_product(y, t, b.t(), torch.empty_like(y))
         normed = recipe if isinstance(recipe, Normed) else None
         # the parameters only so that autograd sees it if a step changes them before the backward pass
         ctx.save_for_backward(
@@ -304,7 +300,7 @@ class _Linear(torch.autograd.Function):
                 of_a = None if grad_t is None else grad_t.t() @ x
         else:
             if grad_t is not None and with_source:
-                _add_product(grad_x, grad_t, a)
+                _add_product(grad_x, grad_t, a, grad_x)
             if isinstance(recipe, tuple) and with_weight:
                 x = torch.empty_like(flat)
                 add_norm_forward(flat, None, norm_weight, None, x, None, *recipe)
@@ -344,12 +340,9 @@ def _through_gate(
     return grad_gate_up, of_a
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right``."""
-    if runs_on(out):
-        add_product(out, left, right)
-    else:  # float8's reference
-        out.addmm_(left, right)
+def _add_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``x + left @ right`` into ``out``."""
+    return add_product(x, left, right, out) if runs_on(x) else torch.addmm(x, left, right, out=out)
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -357,7 +350,7 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) 
     if scale is None:
         return F.linear(x, weight, bias)
     y = product(*quantized(x), weight, scale, x.dtype)
-    return y if bias is None else y.add_(bias)
+    return y if bias is None else y + bias
 
 
 def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

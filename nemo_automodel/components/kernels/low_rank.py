@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_automodel.components.kernels.adamw import queued
-from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, tl, wrapped
+from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, tl
 
 BLOCK = 2048
 """Elements of a parameter that one program moves."""
@@ -152,37 +152,41 @@ def low_rank_unpack_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + at, (value * scale).to(WHOLE.dtype.element_ty), mask=inside)
 
 
-@torch.library.triton_op("nemo_automodel::add_product", mutates_args={"out"})
-def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right``, rounded once: bound by ``out``'s memory, which torch's ``addmm_`` uses by half.
+def add_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``x + left @ right`` into ``out``, rounded once: bound by their memory, which torch's ``addmm`` uses by half.
+
+    No operator of torch, which would take longer to call than the kernel to launch.
 
     Args:
-        out: ``[rows, n]``, whose rows may lie apart.
+        x: ``[rows, n]``, whose rows may lie apart.
         left: ``[rows, r]``, likewise.
         right: ``[r, n]``, with any strides.
+        out: like ``x``, or ``x`` itself.
     """
-    (count, width), rank = out.shape, right.shape[0]
-    if rank > HIGHEST_RANK or (out.dtype == torch.float32 and not INTERPRETED):  # fp32's exact products want registers
-        out.addmm_(left, right)
-    elif out.numel():
+    (count, width), rank = x.shape, right.shape[0]
+    if rank > HIGHEST_RANK or (x.dtype == torch.float32 and not INTERPRETED):  # fp32's exact products want registers
+        return torch.addmm(x, left, right, out=out)
+    if x.numel():
         tile, block, warps = TILE
-        wrapped(add_product_kernel)[(-(-count // tile) * -(-width // block),)](
-            out, left, right, count, width, rank, out.stride(0), left.stride(0), right.stride(0), right.stride(1),
+        add_product_kernel[(-(-count // tile) * -(-width // block),)](
+            x, out, left, right, count, width, rank,
+            x.stride(0), out.stride(0), left.stride(0), right.stride(0), right.stride(1),
             RANK=max(16, power_of_two(rank)), ROWS=tile, BLOCK=block, WIDE=INTERPRETED, num_warps=warps,
         )  # fmt: skip
+    return out
 
 
 @jit
 def add_product_kernel(  # type: ignore[no-untyped-def]
-    OUT, LEFT, RIGHT, count, width, rank, out_stride, left_stride, right_stride, right_step,
+    X, OUT, LEFT, RIGHT, count, width, rank, x_stride, out_stride, left_stride, right_stride, right_step,
     RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     r = tl.arange(0, RANK)
-    at, inside = OUT + row * out_stride + cols, (row < count) & (cols < width)
-    total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    inside = (row < count) & (cols < width)
+    total = tl.load(X + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
     left = tl.load(LEFT + row * left_stride + r[None, :], mask=(row < count) & (r[None, :] < rank), other=0.0)
     there = RIGHT + r[:, None].to(tl.int64) * right_stride + cols.to(tl.int64) * right_step
     right = tl.load(there, mask=(r[:, None] < rank) & (cols < width), other=0.0)
@@ -190,4 +194,4 @@ def add_product_kernel(  # type: ignore[no-untyped-def]
         total += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     else:
         total += tl.dot(left, right, input_precision="ieee")
-    tl.store(at, total.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + row * out_stride + cols, total.to(OUT.dtype.element_ty), mask=inside)

@@ -1,12 +1,15 @@
 """Linear layers that make their input again, with adapters and without, interpreted: against float64."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from nemo_automodel.components.distributed.parallelize import _keep_costly
 from nemo_automodel.components.kernels import gated as gated_module
 from nemo_automodel.components.kernels import linear as linear_module
 from nemo_automodel.components.kernels.add_norm import add_norm_reference
@@ -306,3 +309,22 @@ def test_an_input_that_needs_no_gradient_gets_none(name: str, joined: bool, monk
     given = 3 if name.startswith("normed") else 1
     case.inputs[:given] = [x if x is None else x.detach() for x in case.inputs[:given]]
     assert_near(case)
+
+
+SELECTIVE: dict[str, Any] = {
+    "plain, bias": partial(linear_case, (3, 5), 40, **ADAPTED["plain, bias"]),
+    "normed qkv, bias": partial(linear_case, (3, 5), 40, **ADAPTED["normed qkv, bias"]),
+    "normed gate_up": partial(linear_case, (3, 5), 40, joined=True, room=32, **ADAPTED["normed gate_up"]),
+    "MLP": partial(mlp_case, 3, 7, ranks=RANKS[0]),
+    "joined MLP": partial(mlp_case, 3, 7, ranks=RANKS[0], joined=True),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIVE)
+def test_selective_checkpointing(name: str) -> None:
+    """It keeps products, which nobody may change after them: neither seen by it, nor unseen by a kernel."""
+    case = SELECTIVE[name](dtype=FP32)
+    expected = case.outcome(case.kernel, case.inputs)
+    contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
+    again = partial(checkpoint, case.kernel, use_reentrant=False, context_fn=contexts)
+    assert_equal(case.outcome(again, case.inputs), expected)
