@@ -1,5 +1,6 @@
 """Linear layers that make their input again, with adapters and without, interpreted: against float64."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.components.kernels.cases import (
 )
 
 pytestmark = pytest.mark.interpreted
+LONG = pytest.mark.slow
 
 CHANCE = 1.5
 """Ratio of the errors in bf16: some roundings each, in tensors of a few hundred numbers."""
@@ -261,7 +263,11 @@ RANKS = [{"gate_proj": 8, "up_proj": 16}, {"gate_proj": 32, "up_proj": 3}, {"up_
 
 
 @pytest.mark.parametrize(
-    ("ranks", "dtype"), [*((ranks, BF16) for ranks in RANKS), pytest.param(RANKS[0], FP32, marks=pytest.mark.slow)]
+    ("ranks", "dtype"),
+    [
+        (RANKS[0], BF16),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product(RANKS, (BF16, FP32))),
+    ],
 )
 def test_adapters_of_gate_and_up_get_their_gradient_from_the_next_layer(
     ranks: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -277,7 +283,7 @@ def test_adapters_of_gate_and_up_get_their_gradient_from_the_next_layer(
     assert taken
 
 
-@pytest.mark.parametrize("change", ["another reader", "a hook", "a hook in place"])
+@pytest.mark.parametrize("change", ["another reader", pytest.param("a hook", marks=LONG), "a hook in place"])
 def test_a_gradient_that_is_another_by_then_is_multiplied_itself(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = mlp_case(5, ranks=RANKS[0], dtype=FP32).layers
     taken = _taken(monkeypatch)
@@ -320,7 +326,7 @@ SELECTIVE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", SELECTIVE)
+@pytest.mark.parametrize("name", [*list(SELECTIVE)[:-1], pytest.param("joined MLP", marks=LONG)])
 def test_selective_checkpointing(name: str) -> None:
     """It keeps products, which nobody may change after them: neither seen by it, nor unseen by a kernel."""
     case = SELECTIVE[name](dtype=FP32)
