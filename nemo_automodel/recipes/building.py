@@ -10,6 +10,7 @@ from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import ALONE, Mesh, Options, Pipeline, parallelize
 from nemo_automodel.components.float8_training import check_float8, to_float8
+from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.capabilities import ATTENTIONS, BY_IMPLEMENTATION, Need, refuse
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.models.common.varlen import VARLEN
@@ -86,7 +87,8 @@ def build_model(
     """
     options, several = config.model, mesh.size > 1
     dtype = DTYPES.get(options.dtype, auto_dtype(device))
-    asked = BY_IMPLEMENTATION.get(options.attn_implementation) or ATTENTIONS.get(options.backend.attn)
+    named = options.attn_implementation  # which decides, also where the table does not know it
+    asked = ATTENTIONS.get(options.backend.attn) if named is None else BY_IMPLEMENTATION.get(named)
     refuse(asked, Need(device=device, dtype=dtype, backward=True, packing=packing, tp=mesh.tp, cp=mesh.cp))
     if config.lora is not None and config.lora.base_dtype == "float8":
         _check_float8(device, several)
@@ -96,6 +98,9 @@ def build_model(
             raise ValueError(f"model.float8={options.float8} does not go with mesh.tp={mesh.tp}; leave it at off")
 
     def prepare(model: Any) -> None:
+        for module in model.modules():  # dropout, too, before weights are read
+            if isinstance(module, DecoderAttention):
+                refuse(BY_IMPLEMENTATION.get(model.config._attn_implementation), module.need())
         if config.lora is not None:
             apply_lora(model, config.lora, layout_of(model))
         if options.float8 != "off":

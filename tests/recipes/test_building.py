@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import AttentionInterface, GPT2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nemo_automodel.components.distributed import Mesh, MeshConfig
 from nemo_automodel.components.models.llama.model import LlamaForCausalLM
@@ -76,3 +77,10 @@ def test_a_size_below_one_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"cp=0 must be at least 1"):
         MeshConfig(cp=0)
     assert MeshConfig(tp=2).sizes(8) == {"pp": 1, "dp_replicate": 1, "dp_shard": 4, "cp": 1, "tp": 2}
+
+
+def test_an_attention_of_somebodys_own_decides_before_the_backend(overrides: Callable[..., list[str]]) -> None:  # noqa: F811
+    AttentionInterface.register("somebodys", sdpa_attention_forward)
+    words = overrides(model__attn_implementation="somebodys", model__backend__attn="varlen")
+    model = building.build_model(load_config(TrainConfig, None, words), None, torch.device("cpu"))
+    assert model.config._attn_implementation == "somebodys"

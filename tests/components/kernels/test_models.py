@@ -146,6 +146,17 @@ def test_full(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (calls.get("norm", 0) >= 5) == (family not in LAYER_NORM)
 
 
+@pytest.mark.parametrize("option", ["sparse", "scale_grad_by_freq"])
+def test_embeddings_with_gradients_of_their_own_kind_make_them_apart(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, calls = twins(*FAMILIES["llama, tied, biases"])[1], counted(monkeypatch)
+    setattr(ours.model.embed_tokens, option, True)
+    next_token_loss(ours, _batch())
+    assert calls["loss"] == 1
+    assert "tied" not in calls
+
+
 def _as_stored(fusion: Fusion | None, part: str, b: torch.Tensor) -> torch.Tensor:
     """B's rows in the order in which checkpoints keep those of its weight."""
     return b if fusion is None else fusion.to_stored(b, part)

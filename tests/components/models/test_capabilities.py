@@ -7,6 +7,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_automodel import NeMoAutoModelForCausalLM
+from nemo_automodel.components.models.common import capabilities
+from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.capabilities import (
     ATTENTIONS,
     BY_IMPLEMENTATION,
@@ -78,6 +80,17 @@ def test_the_alternatives_have_all_that_is_needed(need: Need, expected: str) -> 
 def test_an_alternative_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Package, "installed", lambda self: self.name == "FlashAttention 2")
     assert alternatives(ATTENTIONS["varlen"], Need(softcap=5.0)) == "backend.attn='flex' or 'flash2' or 'eager'"
+
+
+def test_flash_attention_may_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers has it: neither a backend nor an attn_implementation by its name is refused before."""
+    monkeypatch.setattr(capabilities, "find_spec", lambda name: object() if name == "kernels" else None)
+    config = tiny()
+    for name in ("flash2", "flash3", "flash4"):
+        assert BackendConfig(attn=name).attn == name
+        assert BackendConfig().apply_to(config, ATTENTIONS[name].implementation).attn == name
+    with pytest.raises(ImportError, match="needs Transformer Engine, which is not installed"):
+        BackendConfig(attn="te")
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

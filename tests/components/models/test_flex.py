@@ -170,11 +170,15 @@ def test_other_masks_are_transformers(kind: str) -> None:
     assert_near(actual[seen], expected[seen])
 
 
-def test_dropout_is_refused_when_built() -> None:
-    with pytest.raises(
-        ValueError, match=r"'flex' has no dropout .*\(0.1\): use backend.attn='sdpa' .*or set attention_dr"
-    ):
-        NeMoAutoModelForCausalLM.from_config(tiny(attention_dropout=0.1), backend={"attn": "flex"})
+def test_dropout_is_refused_when_it_trains() -> None:
+    """A checkpoint that was trained with dropout is evaluated without."""
+    ours = NeMoAutoModelForCausalLM.from_config(tiny(attention_dropout=0.1), backend={"attn": "flex"})
+    with torch.no_grad(), uncompiled("flex_attention"):
+        assert ours.eval()(IDS).logits.isfinite().all()
+        with pytest.raises(
+            ValueError, match=r"'flex' has no dropout .*\(0.1\): use backend.attn='sdpa' .*or set attention_dr"
+        ):
+            ours.train()(IDS)
 
 
 @pytest.mark.slow

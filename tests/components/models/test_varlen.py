@@ -219,14 +219,10 @@ def test_generation_is_refused(anywhere: list[Any]) -> None:
     ("config", "message"),
     [
         (tiny(Gemma2Config, head_dim=8), r"softcap on the scores, as this model needs .*: use backend.attn='flex'"),
-        (
-            tiny(attention_dropout=0.1),
-            r"dropout of attention weights \(0.1\): use backend.attn='sdpa' or 'eager', or set att",
-        ),
         (tiny(head_dim=12), r"head_dim of 12, only multiples of 8 up to 256"),
         (tiny(head_dim=264), r"head_dim of 264,"),
     ],
-    ids=["softcap", "dropout", "odd head_dim", "wide head_dim"],
+    ids=["softcap", "odd head_dim", "wide head_dim"],
 )
 def test_models_that_it_cannot_serve_are_refused_when_built(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"attention 'varlen' has no {message}"):

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head_dim.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -125,7 +126,8 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         self.turns = spec.rope.turns(layer_idx)
         self.qk_norm = spec.qk_norm
         self.qk_norm_after_rope = spec.qk_norm_after_rope
-        refuse(BY_IMPLEMENTATION.get(config._attn_implementation), self.need())
+        # dropout is nobody's need before it trains
+        refuse(BY_IMPLEMENTATION.get(config._attn_implementation), replace(self.need(), dropout=0.0))
 
         self.setup_qkv_projection(config.hidden_size, heads, kv_heads, self.head_dim, bias=spec.qkv_bias)
         self.o_proj = Linear(heads * self.head_dim, config.hidden_size, bias=spec.o_bias)
@@ -243,10 +245,12 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         """transformers' function of that name.
 
         Raises:
-            ValueError: it would leave the softcap out.
+            ValueError: it would leave out the softcap or, training, dropout.
         """
         name = self.config._attn_implementation or "eager"
         known = BY_IMPLEMENTATION.get(name)
+        if self.training and self.attention_dropout:
+            refuse(known, self.need())
         if self.softcap and "softcap" not in (known.has if known else name):
             refuse(known, self.need())
             if "flash" not in name:

@@ -22,15 +22,19 @@ class Package(NamedTuple):
         module: what is imported.
         install: the command.
         distribution: where several share the module, the one that is meant.
+        instead: module by which transformers gets it from the Hub where it is not installed.
     """
 
     name: str
     module: str
     install: str
     distribution: str | None = None
+    instead: str | None = None
 
     def installed(self) -> bool:
-        """Whether it is there; nothing is imported."""
+        """Whether it is there, or comes when it is asked for; nothing is imported."""
+        if self.instead is not None and find_spec(self.instead) is not None:
+            return True
         if find_spec(self.module) is None:
             return False
         try:
@@ -42,13 +46,16 @@ class Package(NamedTuple):
 TE = Package(
     "Transformer Engine", "transformer_engine", "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 )
-FLASH2 = Package("FlashAttention 2", "flash_attn", "pip install --no-build-isolation flash-attn", "flash-attn")
+HUB = "kernels"
+"""Module of the package that fetches kernels."""
+FLASH2 = Package("FlashAttention 2", "flash_attn", "pip install --no-build-isolation flash-attn", "flash-attn", HUB)
 FLASH3 = Package(
     "FlashAttention 3",
     "flash_attn_interface",
     "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130",
+    instead=HUB,
 )
-FLASH4 = Package("FlashAttention 4", "flash_attn", "pip install --pre flash-attn-4", "flash-attn-4")
+FLASH4 = Package("FlashAttention 4", "flash_attn", "pip install --pre flash-attn-4", "flash-attn-4", HUB)
 
 HALF = (torch.bfloat16, torch.float16)
 SINGLE = (torch.float32, *HALF)

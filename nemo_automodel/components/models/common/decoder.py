@@ -467,6 +467,7 @@ class DecoderForCausalLM(HFCheckpointingMixin, DecoderPreTrainedModel, Generatio
             and embed.weight.requires_grad
             and runs_on(embed.weight)
             and embed.max_norm is None
+            and not (embed.sparse or embed.scale_grad_by_freq)
             and not torch.is_autocast_enabled(embed.weight.device.type)
             and not torch.compiler.is_compiling()
         )
