@@ -118,8 +118,10 @@ def _refused() -> None:
     model = NeMoAutoModelForCausalLM.from_config(config, device="meta")
     with pytest.raises(ValueError, match=r"mesh.tp=2: model.layers.0.self_attn has dropout, of which compiled layers"):
         parallelize(model, Mesh({"tp": 2}), Options(tp_plan=tp_plan_of(model), compile=True))
+    with pytest.raises(ValueError, match="gradient_checkpointing=true is more than torch compiles"):
+        parallelize(model, Mesh({"tp": 2}), Options(tp_plan=tp_plan_of(model), compile=True, checkpointing=True))
 
 
 @pytest.mark.ranks
-def test_dropout_that_would_be_wrong_is_refused() -> None:
+def test_what_would_be_wrong_or_die_is_refused() -> None:
     run_ranks(2, _refused)

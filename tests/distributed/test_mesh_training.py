@@ -114,7 +114,7 @@ def test_a_broken_rule_is_seen(rule: str, tmp_path: Path) -> None:
         ({"cp": 2}, {}),
         ({"tp": 2}, {}),
         ({"tp": 2}, {**NO_SEQUENCE, **LORA}),
-        ({"tp": 2, "dp_shard": 2}, {"model__gradient_checkpointing": "true"}),
+        ({"tp": 2, "dp_shard": 2}, {"model__gradient_checkpointing": "selective"}),
     ],
     ids=str,
 )

@@ -50,7 +50,7 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
 
     Raises:
         ValueError: a plan does not fit the model, it cannot share sequences, it has no layers to shard by, or too few
-            for the stages, or dropout in layers that are compiled for ``tp``.
+            for the stages, or dropout or full checkpointing in layers that are compiled for ``tp``.
     """
     if options.stages > 1:
         keep_stage(model, options.stage, options.stages)
@@ -58,11 +58,8 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
     if (axis := mesh.axis("tp")) is not None:
         # attention written by hand may take the sequence's length from states of which each rank would have a part
         by_sequence = mesh.sequence_parallel and shares_sequences(model)
-        if options.compile and (dropping := [name for name, each in model.named_modules() if has_dropout(each)]):
-            raise ValueError(
-                f"model.compile=true with mesh.tp={mesh.tp}: {dropping[0]} has dropout, of which compiled layers would "
-                "drop the same on ranks that have other parts; set the dropout to 0, or leave out compile or tp"
-            )
+        if options.compile:
+            _check_compiled(model, mesh.tp, options.checkpointing)
         sums = mesh.axis("dp_replicate", "fsdp") is not None
         parallelize_tensors(model, options.tp_plan, axis, layer_classes if by_sequence else (), sums)
     parallelize_context(model, mesh)
@@ -73,6 +70,20 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
             layer.compile()
     if (axes := mesh.axis("dp_replicate", "fsdp")) is not None:
         fully_shard_layers(model, layer_classes, axes, cpu_offload=options.cpu_offload)
+
+
+def _check_compiled(model: Any, tp: int, checkpointing: Checkpointing) -> None:
+    """Raise a ValueError for what compiled layers cannot do that ``tp`` ranks share."""
+    if checkpointing is True:  # Inductor saves a DeviceMesh for the backward pass and dies of it (torch 2.13)
+        raise ValueError(
+            f"model.compile=true with mesh.tp={tp} and model.gradient_checkpointing=true is more than torch compiles: "
+            "use model.gradient_checkpointing=selective, or leave one of them out"
+        )
+    if dropping := [name for name, each in model.named_modules() if has_dropout(each)]:
+        raise ValueError(
+            f"model.compile=true with mesh.tp={tp}: {dropping[0]} has dropout, of which compiled layers would "
+            "drop the same on ranks that have other parts; set the dropout to 0, or leave out compile or tp"
+        )
 
 
 KEPT = ("mm", "addmm", "_scaled_mm", "_scaled_dot_product_", "_varlen_attn", "_flex_attention")

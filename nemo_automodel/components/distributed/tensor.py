@@ -221,7 +221,7 @@ def _summing(style: ParallelStyle, sums: bool) -> ParallelStyle:
 def _draw_own_where_cut(modules: Iterable[nn.Module], layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Dropout between planned modules: of attention's weights, which are some heads', and of a part of the sequence."""
     for module in modules:
-        if getattr(module, "attention_dropout", 0.0) > 0:
+        if _rate(module, "attention_dropout") > 0:
             draw_own(module, mesh)
     for layer in layers:  # not around the whole layer, which may be checkpointed within
         setattr(layer, "residual_draws", partial(own_draws, mesh))  # noqa: B010  (a declared one, of the layer)
@@ -230,13 +230,19 @@ def _draw_own_where_cut(modules: Iterable[nn.Module], layers: Iterable[nn.Module
 def has_dropout(module: nn.Module) -> bool:
     """Whether ``module`` itself, of a layer, without those in it, drops anything while it trains."""
     names = ("attention_dropout", "residual_dropout")
-    return (isinstance(module, nn.Dropout) and module.p > 0) or any(getattr(module, name, 0.0) > 0 for name in names)
+    return (isinstance(module, nn.Dropout) and module.p > 0) or any(_rate(module, name) > 0 for name in names)
+
+
+def _rate(module: nn.Module, name: str) -> float:
+    """Of dropout, where the attribute is a number; others have a module of that name, which is looked at by itself."""
+    value = getattr(module, name, 0.0)
+    return value if isinstance(value, int | float) else 0.0
 
 
 def _check_dropout(modules: Mapping[str, nn.Module], planned: Collection[str], sequence_of: Collection[str]) -> None:
     for name, module in modules.items():
         unknown = isinstance(module, nn.Dropout) and module.p > 0 and _within(name, planned) is None
-        if type(module).__name__ in sequence_of and getattr(module, "residual_dropout", 0.0) > 0:
+        if type(module).__name__ in sequence_of and _rate(module, "residual_dropout") > 0:
             unknown = not hasattr(module, "residual_draws")
         if unknown:
             raise ValueError(

@@ -251,7 +251,7 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         known = BY_IMPLEMENTATION.get(name)
         if self.training and self.attention_dropout:
             refuse(known, self.need())
-        if self.softcap and "softcap" not in (known.has if known else name):
+        if self.softcap and (known is None or "softcap" not in known.has):
             refuse(known, self.need())
             if "flash" not in name:
                 raise ValueError(
