@@ -192,6 +192,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_all(
     saved = TrainingCheckpoints(run / "checkpoints").latest()
     assert saved is not None
     assert f"stopped after step {saved.step}, which is saved" in told(run).read_text()
+    assert saved.step % ENDLESS["train__save_every"]
 
 
 @pytest.mark.slow

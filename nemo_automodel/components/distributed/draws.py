@@ -65,9 +65,14 @@ def draw_own(module: nn.Module, mesh: DeviceMesh) -> None:
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
+def is_dropout(module: nn.Module) -> bool:
+    """Whether ``module`` is torch's dropout, with something to drop."""
+    return isinstance(module, nn.Dropout) and module.p > 0
+
+
 def drops(module: nn.Module) -> bool:
     """Whether ``module`` has dropout in it, as torch's modules."""
-    return any(isinstance(each, nn.Dropout) and each.p > 0 for each in module.modules())
+    return any(map(is_dropout, module.modules()))
 
 
 def draws_of(mesh: DeviceMesh, own: bool) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
 from torch.func import functional_call
 
-from nemo_automodel.components.distributed.draws import draw_own, draws_of, drops, own_draws
+from nemo_automodel.components.distributed.draws import draw_own, draws_of, drops, is_dropout, own_draws
 from nemo_automodel.components.elsewhere import Elsewhere
 
 WHOLE, TERM, ROWS, COLUMNS, CHANNELS, SEQUENCE = Replicate(), Partial(), Shard(0), Shard(1), Shard(-1), Shard(1)
@@ -230,7 +230,7 @@ def _draw_own_where_cut(modules: Iterable[nn.Module], layers: Iterable[nn.Module
 def has_dropout(module: nn.Module) -> bool:
     """Whether ``module`` itself, of a layer, without those in it, drops anything while it trains."""
     names = ("attention_dropout", "residual_dropout")
-    return (isinstance(module, nn.Dropout) and module.p > 0) or any(_rate(module, name) > 0 for name in names)
+    return is_dropout(module) or any(_rate(module, name) > 0 for name in names)
 
 
 def _rate(module: nn.Module, name: str) -> float:
@@ -241,7 +241,7 @@ def _rate(module: nn.Module, name: str) -> float:
 
 def _check_dropout(modules: Mapping[str, nn.Module], planned: Collection[str], sequence_of: Collection[str]) -> None:
     for name, module in modules.items():
-        unknown = isinstance(module, nn.Dropout) and module.p > 0 and _within(name, planned) is None
+        unknown = is_dropout(module) and _within(name, planned) is None
         if type(module).__name__ in sequence_of and _rate(module, "residual_dropout") > 0:
             unknown = not hasattr(module, "residual_draws")
         if unknown:
