@@ -4,13 +4,15 @@
     python benchmarks/convergence.py --variant optim.moments=bfloat16 --variant backend.attn=flex
     python benchmarks/convergence.py --tiny                                       # on a CPU
     python benchmarks/convergence.py --tiny --variant model.float8=rowwise        # there, emulated in fp32
+    python benchmarks/convergence.py --lora --variant lora.base_dtype=float8      # adapters on frozen weights
 
 Two random models (seeds 0 and 1) are each trained on the same data in every variant, from the same weights: by
 transformers in fp32 with eager attention (the reference), by transformers in bf16 with torch's AdamW on the bf16
 parameters, by this library in bf16 with its defaults, and once more for each --variant. The data is a Markov chain of
-order two, so the loss can fall from ln(tokens) to the chain's entropy. A variant's distance is the mean absolute
-difference of its smoothed loss curve to the reference's, from the same weights. Status 1: one of ours is further than
-the reference is from itself between the two seeds.
+order two, so the loss can fall from ln(tokens) to the chain's entropy. With --lora the weights, which have learnt
+another chain before, are frozen under adapters of every projection, peft's in the reference; all begin as this library
+draws them. A variant's distance is the mean absolute difference of its smoothed loss curve to the reference's, from the
+same weights. Status 1: one of ours is further than the reference is from itself between the two seeds.
 """
 
 import argparse
@@ -25,18 +27,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from nemo_automodel.components.float8_training import to_float8
 from nemo_automodel.components.optim import OptimConfig
-from nemo_automodel.recipes.bench_variant import BenchConfig, bench_config, our_job
+from nemo_automodel.components.peft import save_adapter
+from nemo_automodel.recipes.bench_variant import BenchConfig, Job, bench_config, our_job
 from nemo_automodel.recipes.building import pick_device
 
 SEEDS = (0, 1)
 SHOWN = (1, 10, 50, 100, 200)
 WINDOW = 10
+ADAPTER = "adapter"
+"""Folder beside the weights, of where all adapters begin."""
 REFERENCE, HF_BF16 = "hf float32 eager", "hf bfloat16"
 PROBABILITIES = (0.5, 0.25, 0.125, 0.125)
 
@@ -54,6 +60,7 @@ class Size:
     length: int
     lr: float
     tied: bool = False
+    rank: int | None = None
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -78,11 +85,12 @@ class Chain:
     Args:
         tokens: how many there are.
         groups: of tokens, as far as a token two places on is concerned.
+        seed: which chain.
     """
 
-    def __init__(self, tokens: int, groups: int = 4):
+    def __init__(self, tokens: int, groups: int = 4, seed: int = 1234):
         self.tokens, self.groups = tokens, groups
-        generator = torch.Generator().manual_seed(1234)
+        generator = torch.Generator().manual_seed(seed)
         self.following = torch.randint(0, tokens, (groups, tokens, len(PROBABILITIES)), generator=generator)
         self.entropy = -sum(p * math.log(p) for p in PROBABILITIES)
 
@@ -98,15 +106,19 @@ class Chain:
 
 
 def optimizer_options(size: Size, steps: int) -> OptimConfig:
-    return OptimConfig(lr=size.lr, warmup_steps=steps // 10, min_lr_ratio=0.1)
+    lr = size.lr * (5 if size.rank else 1)  # adapters want larger steps
+    return OptimConfig(lr=lr, warmup_steps=steps // 10, min_lr_ratio=0.1)
 
 
 def transformers_curve(
     folder: Path, dtype: torch.dtype, attn: str, batches: Sequence[Tensor], optim: OptimConfig, device: torch.device
 ) -> list[float]:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn).to(device).train()
-    betas = (optim.beta1, optim.beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=0.0)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn)
+    if (folder / ADAPTER).exists():
+        model = PeftModel.from_pretrained(model, folder / ADAPTER, is_trainable=True, autocast_adapter_dtype=False)
+    model.to(device).train()
+    betas, trained = (optim.beta1, optim.beta2), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=0.0)
     losses = []
     for number, ids in enumerate(batches):
         ids = ids.to(device)
@@ -115,7 +127,7 @@ def transformers_curve(
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         if optim.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
@@ -125,8 +137,10 @@ def transformers_curve(
 def our_config(folder: Path, size: Size, optim: OptimConfig, overrides: Sequence[str]) -> BenchConfig:
     words = [f"--model.path={folder}", "--model.dtype=bfloat16", f"--train.batch_size={size.rows}"]
     words += [f"--optim.{key}={getattr(optim, key)}" for key in ("lr", "warmup_steps", "min_lr_ratio")]
+    if size.rank:
+        words.append(f"--lora={{r: {size.rank}, alpha: {2 * size.rank}}}")
     config = bench_config(words, overrides)
-    if config.lora is not None or config.train.batch_size != size.rows:
+    if (config.lora.r if config.lora else None) != size.rank or config.train.batch_size != size.rows:
         raise ValueError(f"{' '.join(overrides)}: would train something else, which no curve here can be compared with")
     return config
 
@@ -138,11 +152,27 @@ def our_curve(config: BenchConfig, batches: Sequence[Tensor], device: torch.devi
     job = our_job(config, device)
     if emulated:
         to_float8(job.model, recipe, emulate=True)
+    return losses_of(job, batches, config.optim)
+
+
+def losses_of(job: Job, batches: Sequence[Tensor], optim: OptimConfig) -> list[float]:
     losses = []
     for number, ids in enumerate(batches):
-        loss = job.step({"input_ids": ids, "labels": ids}, config.optim.lr_at(number, len(batches)))
+        loss = job.step({"input_ids": ids, "labels": ids}, optim.lr_at(number, len(batches)))
         losses.append(loss.clone() if isinstance(loss, Tensor) else loss)
     return [float(loss) for loss in losses]
+
+
+def adapt(folder: Path, size: Size, steps: int, optim: OptimConfig, device: torch.device) -> None:
+    """Weights that know another chain take the place of those in ``folder``, and adapters lie beside them."""
+    whole, other = replace(size, rank=None), Chain(size.vocabulary, seed=4321)
+    first = optimizer_options(whole, steps)
+    job = our_job(our_config(folder, whole, first, []), device)
+    losses = losses_of(job, [other.batch(size.rows, size.length, number) for number in range(steps)], first)
+    print(f"weights that know another chain: {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+    job.model.save_pretrained(folder)
+    (folder / ADAPTER).mkdir(exist_ok=True)
+    save_adapter(our_job(our_config(folder, size, optim, []), device).model, folder / ADAPTER)
 
 
 def smoothed(curve: Sequence[float]) -> Tensor:
@@ -172,6 +202,8 @@ def curves_of(
         for seed in SEEDS:
             torch.manual_seed(seed)
             LlamaForCausalLM(size.config()).save_pretrained(folder)
+            if size.rank:
+                adapt(folder, size, steps, optim, device)
             jobs: dict[str, Callable[[], list[float]]] = {
                 REFERENCE: partial(transformers_curve, folder, torch.float32, "eager", batches, optim, device),
                 HF_BF16: partial(transformers_curve, folder, torch.bfloat16, "sdpa", batches, optim, device),
@@ -211,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--tiny", action="store_true", help="two layers, for a CPU")
     parser.add_argument("--tied", action="store_true", help="a head that is the embeddings' weight too")
+    parser.add_argument("--lora", action="store_true", help="adapters of every projection, on frozen weights")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves, after each")
@@ -219,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size, device = TINY if options.tiny else SMALL, pick_device(options.device)
     if device.type == "cpu" and not options.tiny:
         parser.error("no GPU here: use --tiny")
-    size = replace(size, tied=options.tied)
+    size = replace(size, tied=options.tied, rank=16 if options.lora else None)
 
     def keep(curves: dict[str, list[list[float]]]) -> None:
         if options.json:  # whatever comes later
