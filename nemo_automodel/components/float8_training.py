@@ -36,6 +36,11 @@ def check_float8(device: torch.device) -> None:
         )
 
 
+def is_float8(module: nn.Module) -> bool:
+    """Whether `to_float8` made it: torchao's own layer, which is not imported to ask."""
+    return type(module).__module__.startswith("torchao.float8.")
+
+
 def to_float8(model: nn.Module, recipe: Recipe, emulate: bool = False) -> list[str]:
     """Let linear layers multiply in float8, in place; their parameters stay the same ones. Returns their names.
 

@@ -1,6 +1,7 @@
 """`automodel bench`: how fast a training step is on this machine, beside transformers with and without help.
 
-Every variant runs in a process of its own, one after the other, so that none changes or crowds the next.
+Every variant runs in a process of its own, one after the other, so that none changes or crowds the next. Beside a GPU
+the next process already imports, which takes longer than most rows are measured.
 """
 
 import importlib.metadata
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,20 +108,21 @@ def bench(workload: Workload, options: BenchOptions, say: Callable[[str], None] 
         report = _header(workload, cost, device)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-        for request, all_weights in zip(requests, full, strict=True):
-            row: dict[str, Any] = {
-                "name": _name(request),
-                "variant": request.variant,
-                "overrides": list(request.overrides),
-            }
-            row |= _run(request, folder)
-            if "error" not in row:
-                row["tflops"] = row["tokens_per_second"] * cost.per_token(all_weights) / 1e12
-            report["rows"].append(row)
-            _compare(report)
-            say(_line(row))
-            if options.json is not None:
-                options.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        with _Processes(folder, len(requests), device) as processes:
+            for request, all_weights in zip(requests, full, strict=True):
+                row: dict[str, Any] = {
+                    "name": _name(request),
+                    "variant": request.variant,
+                    "overrides": list(request.overrides),
+                }
+                row |= processes.measure(request)
+                if "error" not in row:
+                    row["tflops"] = row["tokens_per_second"] * cost.per_token(all_weights) / 1e12
+                report["rows"].append(row)
+                _compare(report)
+                say(_line(row))
+                if options.json is not None:
+                    options.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     return report
 
 
@@ -208,25 +211,53 @@ def _header(workload: Workload, cost: Arithmetic, device: torch.device) -> dict[
     }
 
 
-def _run(request: Request, folder: Path) -> dict[str, Any]:
-    """Measure in a fresh process; whatever becomes of it is a row."""
-    if (package := _missing(request)) is not None:
-        return {"error": f"{package} is not installed: pip install {package}"}
-    request_file, result_file, output = folder / "request.json", folder / "result.json", folder / "output.txt"
-    request_file.write_text(json.dumps(asdict(request)))
-    result_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "nemo_automodel.recipes.bench_variant", str(request_file), str(result_file)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
-    }  # also where nothing is installed
-    with output.open("w") as stream:
-        status = subprocess.run(command, stdout=stream, stderr=stream, env=environment, check=False).returncode
-    said = output.read_text(errors="replace")
-    if not result_file.is_file():
-        last = (said.strip().splitlines() or ["it said nothing"])[-1]
-        return {"error": f"the process ended with status {status}: {last}", "output": said[-4000:]}
-    result: dict[str, Any] = json.loads(result_file.read_text())
-    return result | {"output": said[-4000:]} if "error" in result else result
+class _Processes(AbstractContextManager["_Processes"]):
+    """A fresh process for each of ``count`` rows, the next one started ahead where a GPU does the work."""
+
+    def __init__(self, folder: Path, count: int, device: torch.device):
+        self._folder, self._count, self._begun = folder, count, 0
+        # on a CPU, or few of them, its imports would be measured
+        self._ahead = device.type == "cuda" and (os.cpu_count() or 1) >= 4
+        self._next: subprocess.Popen[str] | None = None
+
+    def __exit__(self, *exc: object) -> None:
+        if self._next is not None:
+            self._next.kill()
+            self._next.communicate()
+
+    def measure(self, request: Request) -> dict[str, Any]:
+        """Whatever becomes of it is a row."""
+        if (package := _missing(request)) is not None:
+            return {"error": f"{package} is not installed: pip install {package}"}
+        process, number = self._next or self._start(), self._begun
+        self._next = self._start() if self._ahead and number < self._count else None
+        process.communicate(json.dumps(asdict(request)))
+        said, result_file = self._file("output", number).read_text(errors="replace"), self._file("result", number)
+        if not result_file.is_file():
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
+            return {"error": f"the process ended with status {process.returncode}: {last}", "output": said[-4000:]}
+        result: dict[str, Any] = json.loads(result_file.read_text())
+        return result | {"output": said[-4000:]} if "error" in result else result
+
+    def _start(self) -> "subprocess.Popen[str]":
+        """One that imports, and waits for its request."""
+        self._begun += 1
+        module, result = "nemo_automodel.recipes.bench_variant", str(self._file("result", self._begun))
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
+        }  # also where nothing is installed
+        with self._file("output", self._begun).open("w") as stream:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, result],
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=stream,
+                env=environment,
+                text=True,
+            )
+
+    def _file(self, name: str, number: int) -> Path:
+        return self._folder / f"{name}-{number}"
 
 
 def _missing(request: Request) -> str | None:

@@ -1,6 +1,6 @@
 """One row of `automodel bench`, measured in a process of its own: Liger patches transformers for good.
 
-python -m nemo_automodel.recipes.bench_variant REQUEST.json RESULT.json
+python -m nemo_automodel.recipes.bench_variant RESULT.json < REQUEST.json
 """
 
 import importlib
@@ -313,9 +313,9 @@ def _import(name: str, package: str) -> Any:
 
 
 def main() -> None:
-    """Measure the request in the first file, write what came of it into the second."""
-    request_file, result_file = map(Path, sys.argv[1:])
-    options = json.loads(request_file.read_text())
+    """Measure the request that comes by standard input, write what came of it into the file."""
+    result_file = Path(sys.argv[1])
+    options = json.load(sys.stdin)  # it may come long after all is imported
     request = Request(**{**options, "overrides": tuple(options["overrides"])})
     try:
         result = measure(request)

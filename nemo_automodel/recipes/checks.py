@@ -2,17 +2,21 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nemo_automodel.components.checkpoint import CheckpointError
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import ALONE, Mesh
 from nemo_automodel.components.elsewhere import Elsewhere
+from nemo_automodel.components.float8_training import is_float8
+from nemo_automodel.components.models.common.te.modules import TELinear
 from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
@@ -109,7 +113,8 @@ def check_packing(model: "PreTrainedModel", device: torch.device, mesh: Mesh = A
     """Try on two toy documents in one row whether the second sees the first.
 
     Which attention implementations read document borders from ``position_ids`` is not written down anywhere, so it is
-    measured on the model itself.
+    measured on the model itself, its linear layers in the dtype of their weights: where float8 has one scale for all
+    tokens, a document's values change how another's are rounded.
 
     Raises:
         ValueError: it does; packing would train on attention across documents.
@@ -124,7 +129,8 @@ def check_packing(model: "PreTrainedModel", device: torch.device, mesh: Mesh = A
         table = torch.randn(8 + length, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
         rows = F.embedding(rows, table.to(device, model.dtype))
     positions = torch.cat((torch.arange(4), second))[None].to(device)
-    one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows)
+    with _without_float8(model):
+        one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows)
     model.train(was_training)
     of_second = mesh.part(torch.arange(length)[None] >= 4).to(device)
     # a rank may have tokens of the first document only, and the others would wait for one that raises alone
@@ -133,6 +139,25 @@ def check_packing(model: "PreTrainedModel", device: torch.device, mesh: Mesh = A
             f"data.packing=true: with {type(model).__name__} and attention {model.config._attn_implementation!r} "
             "packed documents see each other; set data.packing=false"
         )
+
+
+def rounds_operands(module: nn.Module) -> bool:
+    """Whether it is a linear layer that multiplies in float8, by torchao or Transformer Engine."""
+    return is_float8(module) or (isinstance(module, TELinear) and module.float8 is not None)
+
+
+@contextmanager
+def _without_float8(model: nn.Module) -> Iterator[None]:
+    """Linear layers whose operands are rounded to float8 multiply as torch's do, uncompiled, as they may be without."""
+    layers: list[Any] = [module for module in model.modules() if rounds_operands(module)]
+    for layer in layers:
+        layer.forward = partial(nn.Linear.forward, layer)
+    try:
+        with torch.compiler.set_stance("force_eager") if layers else nullcontext():
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

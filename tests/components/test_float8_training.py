@@ -8,8 +8,44 @@ from transformers import LlamaConfig
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components import float8_training
-from nemo_automodel.components.float8_training import check_float8, to_float8
+from nemo_automodel.components.float8_training import check_float8, is_float8, to_float8
 from nemo_automodel.components.loss import next_token_loss
+from nemo_automodel.components.models.common import decoder
+from nemo_automodel.recipes.checks import check_packing
+from tests.conftest import randomize, tiny
+
+
+class Rounds(torch.nn.Linear):
+    """A layer of torchao's kind, which rounds as the largest of all tokens wants it."""
+
+    __module__ = "torchao.float8.float8_linear"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().max() / 7
+        return super().forward((x / scale).round() * scale)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "blind"])
+def test_packing_is_proved_whatever_float8_rounds_by(attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that share a scale see nothing of each other, unless their attention does."""
+    model = randomize(NeMoAutoModelForCausalLM.from_config(tiny()))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.__class__ = Rounds
+    assert is_float8(model.model.layers[0].mlp.down_proj)
+    assert not is_float8(model.lm_head)
+    ids, positions = torch.tensor([[3, 4, 5, 6, 0, 1], [3, 9, 9, 9, 0, 1]]), torch.tensor([[0, 1, 2, 3, 0, 1]])
+    one, other = (model(row[None], position_ids=positions, use_cache=False).logits[:, 4:] for row in ids)
+    assert not torch.equal(one, other)  # by the scale alone
+    if attn == "sdpa":
+        check_packing(model, torch.device("cpu"))
+        assert not torch.equal(one, model(ids[1:], position_ids=positions, use_cache=False).logits[:, 4:])
+        return
+    monkeypatch.setitem(decoder.MASKS, "full_attention", lambda **options: None)
+    with pytest.raises(ValueError, match="packed documents see each other"):
+        check_packing(model, torch.device("cpu"))
+    assert "forward" not in vars(model.model.layers[0].mlp.down_proj)
+
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 

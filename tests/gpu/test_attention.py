@@ -260,6 +260,22 @@ def test_gradients_of_a_whole_model_on_packed_rows(name: str, family: str) -> No
         assert 0 < own < 1.3 * errors[1][key], key
 
 
+@pytest.mark.parametrize("length", [2, 33, 100])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_shorter_than_a_block(name: str, length: int) -> None:
+    """Four query heads to a key head are then more queries than flex's kernel for decoding takes."""
+    hf, ours = models("llama")
+    ours = ours.to("cuda", torch.bfloat16).train()
+    ids, errors = IDS[:, :length].cuda(), []
+    truth = copy.deepcopy(hf).double().cuda()(ids, labels=ids, use_cache=False)
+    for each in (name, "eager"):
+        use(ours, each)
+        outputs = ours(ids, labels=ids, use_cache=False)
+        outputs.loss.backward()
+        errors.append(error(outputs.logits, truth.logits))
+    assert 0 < errors[0] < 1.15 * errors[1]
+
+
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_greedy_tokens_in_fp32_are_those_of_eager(name: str, family: str) -> None:

@@ -172,25 +172,43 @@ def test_the_command_ends_well_though_a_peer_fails(
 
 def stand_in(text: str) -> Callable[..., Any]:
     """A way to run another program instead of a variant's."""
-    run = bench_module.subprocess.run
-    return lambda command, **options: run([sys.executable, "-c", text, *command[3:]], **options)
+    start = bench_module.subprocess.Popen
+    return lambda command, **options: start([sys.executable, "-c", text, *command[3:]], **options)
 
 
 @pytest.mark.parametrize(
     ("program", "message"),
     [
         ("import sys; print('no memory'); sys.exit(9)", "the process ended with status 9: no memory"),
-        ("import sys; open(sys.argv[2], 'w').write('{\"error\": \"E: all\\\\nof it\"}')", "E: all"),
+        ("import sys; open(sys.argv[1], 'w').write('{\"error\": \"E: all\\\\nof it\"}')", "E: all"),
     ],
 )
 def test_a_process_that_dies_is_a_row(
     program: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_module.subprocess, "run", stand_in(program))
+    monkeypatch.setattr(bench_module.subprocess, "Popen", stand_in(program))
     report = bench(WORKLOADS["tiny_full"], BenchOptions(device="cpu", peers=["hf"]))
     show(report)
     assert [row["error"].splitlines()[0] for row in report["rows"]] == [message, message]
     assert f"ours failed: {message}" in capsys.readouterr().out
+
+
+def test_beside_a_gpu_the_next_process_is_started_ahead_and_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = "import sys; text = sys.stdin.read(); open(sys.argv[1], 'w').write(text)"
+    begun: list[Any] = []
+    start = stand_in(wait)
+    monkeypatch.setattr(bench_module.subprocess, "Popen", lambda *a, **o: begun.append(start(*a, **o)) or begun[-1])
+    monkeypatch.setattr(bench_module.os, "cpu_count", lambda: 4)
+    requests = [request_of(tmp_path, overrides=(f"optim.lr={lr}",)) for lr in (1, 2)]
+    with bench_module._Processes(tmp_path, 3, torch.device("cuda")) as processes:
+        for number, request in enumerate(requests, 1):
+            assert processes.measure(request)["overrides"] == list(request.overrides)
+            assert len(begun) == number + 1
+            assert begun[number - 1].returncode == 0
+            assert begun[number].poll() is None
+    assert [process.returncode for process in begun] == [0, 0, -9]
 
 
 def test_a_loss_that_is_no_number_is_no_measurement(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ from nemo_automodel.components.models.common import (
     initialize_linear_module,
     initialize_rms_norm_module,
 )
+from nemo_automodel.components.models.common.te import engine
 from nemo_automodel.components.models.common.te.attention import dot_product, layout_of
 from nemo_automodel.components.models.common.te.float8 import TEFloat8, around_forward
 from nemo_automodel.components.models.common.te.modules import TELinear, float8_state
@@ -414,6 +416,20 @@ def test_extra_states_are_neither_saved_nor_wanted(strict: bool, tmp_path: Path)
     save_file({**stored, **foreign}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = OwnLlama.from_pretrained(tmp_path)
     assert all(map(torch.equal, loaded.parameters(), plain.parameters()))
+
+
+def test_its_libraries_find_the_cudnn_that_torch_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["libcudnn.so.9", "libcudnn_graph.so.9"]
+    (tmp_path / "lib").mkdir()
+    for name in names:
+        (tmp_path / "lib" / name).touch()
+    loaded: list[str] = []
+    monkeypatch.setattr(engine.os, "environ", {})
+    monkeypatch.setattr(engine, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda path, mode: loaded.append(Path(path).name))
+    engine._load_cudnn_of_torch.__wrapped__()
+    assert loaded == names
+    assert engine.os.environ["CUDNN_HOME"] == str(tmp_path)
 
 
 def _cut(config: Any, folder: Path, ids: Tensor) -> None:

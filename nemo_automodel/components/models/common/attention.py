@@ -26,6 +26,7 @@ from nemo_automodel.components.models.common.combined_projection.combined_qkv im
     kv_heads_of,
 )
 from nemo_automodel.components.models.common.context import SharedSequence
+from nemo_automodel.components.models.common.flex import FLEX, SHORT, short
 from nemo_automodel.components.models.common.norm import RMSNorm
 from nemo_automodel.components.models.common.rope import apply_rotary_pos_emb, query_growth
 from nemo_automodel.components.models.common.spec import DecoderSpec
@@ -202,6 +203,8 @@ class DecoderAttention(CombinedQKVAttentionMixin, nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         function = self._attention_function()
+        if self.config._attn_implementation == FLEX and short(query.shape[2], query.device):
+            kwargs = SHORT | kwargs
         if torch.are_deterministic_algorithms_enabled():  # FlashAttention's packages do not ask torch
             kwargs.setdefault("deterministic", True)
         if self.context is not None:

@@ -22,6 +22,16 @@ BLOCK = 128
 """Tokens in a block, as torch has it by default; its kernels' tiles divide it."""
 
 
+SHORT = {"kernel_options": {"FORCE_USE_FLEX_ATTENTION": True}}
+"""For fewer tokens than a block, which torch gives to its kernel for decoding: that wants all query heads of a key head
+in one tile, and where they are more than a block compiling ends with "No choices to select"."""
+
+
+def short(length: int, device: torch.device) -> bool:
+    """Whether so many queries want `SHORT`; a single one is what the other kernel is made for."""
+    return device.type == "cuda" and 1 < length < BLOCK
+
+
 def block_masks(
     layers: dict[str, tuple[int, int | None]],
     inputs_embeds: Tensor,

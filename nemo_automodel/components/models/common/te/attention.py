@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from nemo_automodel.components.models.common.te.engine import package
 from nemo_automodel.components.models.common.varlen import TE, Documents, documents_seen, no_mask
 
 
@@ -34,9 +35,7 @@ def dot_product(
         dropout: probability of dropping a weight.
         deterministic: what torch says when it is made, which Transformer Engine reads then.
     """
-    from transformer_engine.pytorch import DotProductAttention
-
-    return DotProductAttention(
+    return package("pytorch").DotProductAttention(
         heads,
         head_dim,
         num_gqa_groups=kv_heads,
@@ -72,8 +71,6 @@ def attend(
     dropout: float,
 ) -> Tensor:
     """``[B, H, S, D]``, ``[B, K, S, D]`` twice -> ``[B, S, H, D]``."""
-    from transformer_engine.pytorch import autocast
-
     batch, heads, length, head_dim = query.shape
     layout = layout_of(documents, batch)
     inputs = [x.transpose(1, 2) for x in (query, key, value)]
@@ -81,7 +78,8 @@ def attend(
         inputs = [x.flatten(0, 1) for x in inputs]
     deterministic = torch.are_deterministic_algorithms_enabled()
     module = dot_product(heads, key.shape[1], head_dim, scaling, window, dropout, deterministic)
-    with autocast(enabled=False):  # the recipe of the linear layers around it would make a state in the shared module
+    # the recipe of the linear layers around it would make a state in the shared module
+    with package("pytorch").autocast(enabled=False):
         output: Tensor = module(*inputs, **layout)
     return output.view(batch, length, heads, head_dim)
 

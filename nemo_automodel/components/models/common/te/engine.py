@@ -1,6 +1,12 @@
 """A module of Transformer Engine behind one of ours, which has the parameters, the names and the state dict."""
 
+import ctypes
+import os
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -43,6 +49,27 @@ class Engine:
         made._parameters.update(parameters)  # not setattr, which wants parameters, and these may be views of some
         output: Tensor = made(x)
         return output
+
+
+def package(name: str) -> Any:
+    """The module ``name`` of Transformer Engine, which then computes with torch's own cuDNN."""
+    _load_cudnn_of_torch()
+    return import_module(f"transformer_engine.{name}")
+
+
+@cache
+def _load_cudnn_of_torch() -> None:
+    """Before Transformer Engine finds the system's, which may be another version than the one torch brought along.
+
+    Two of them in one process mix: either fails at a symbol of the other, or computes wrong gradients (head_dim 256).
+    """
+    found = find_spec("nvidia.cudnn") if find_spec("nvidia") is not None else None
+    for place in (found.submodule_search_locations or []) if found is not None else []:
+        libraries = sorted(Path(place).glob("lib/libcudnn*.so.*"))
+        for library in libraries:
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        if libraries:
+            os.environ.setdefault("CUDNN_HOME", str(place))  # where Transformer Engine looks first
 
 
 def refuse_off_gpu(x: Tensor | None = None) -> None:

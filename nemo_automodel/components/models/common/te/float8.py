@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, Literal
 
-from nemo_automodel.components.models.common.te.engine import refuse_off_gpu
+from nemo_automodel.components.models.common.te.engine import package, refuse_off_gpu
 
 MULTIPLE = 16
 """Of channels, which float8 products take; and of tokens, which are filled up."""
@@ -79,11 +79,8 @@ class TEFloat8:
 
     def multiplying(self) -> AbstractContextManager[Any]:
         """Within it Transformer Engine multiplies so."""
-        from transformer_engine.pytorch import autocast
-
-        made: AbstractContextManager[Any] = autocast(
-            enabled=True, recipe=_recipe(self.recipe, self.format, self.amax_history)
-        )
+        recipe = _recipe(self.recipe, self.format, self.amax_history)
+        made: AbstractContextManager[Any] = package("pytorch").autocast(enabled=True, recipe=recipe)
         return made
 
 
@@ -103,8 +100,7 @@ def around_forward(float8: TEFloat8 | None, recomputes: bool) -> AbstractContext
 
 @cache
 def _recipe(name: str, format: str | None, amax_history: int | None) -> Any:
-    from transformer_engine.common import recipe
-
+    recipe = package("common.recipe")
     options: dict[str, Any] = {}
     if format is not None:
         options["fp8_format"] = getattr(recipe.Format, FORMATS[format])

@@ -8,21 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
-from nemo_automodel.components.models.common.te.engine import Engine, refuse_off_gpu
+from nemo_automodel.components.models.common.te.engine import Engine, package, refuse_off_gpu
 from nemo_automodel.components.models.common.te.float8 import MULTIPLE, TEFloat8
 
 
 def _linear(in_features: int, out_features: int, bias: bool) -> nn.Module:
-    from transformer_engine.pytorch import Linear
-
-    made: nn.Module = Linear(in_features, out_features, bias=bias, device="meta")
+    made: nn.Module = package("pytorch").Linear(in_features, out_features, bias=bias, device="meta")
     return made
 
 
 def _norm(kind: str, dim: int, eps: float, offset: bool) -> nn.Module:
-    from transformer_engine import pytorch
-
-    made: nn.Module = getattr(pytorch, kind)(dim, eps=eps, zero_centered_gamma=offset, device="meta")
+    made: nn.Module = getattr(package("pytorch"), kind)(dim, eps=eps, zero_centered_gamma=offset, device="meta")
     return made
 
 

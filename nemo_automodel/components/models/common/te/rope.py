@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_automodel.components.models.common.te.engine import refuse_off_gpu
+from nemo_automodel.components.models.common.te.engine import package, refuse_off_gpu
 
 
 class Angles(NamedTuple):
@@ -57,8 +57,7 @@ def turn(q: Tensor, k: Tensor, by: Angles) -> tuple[Tensor, Tensor]:
 
 @torch.compiler.disable
 def _turned(x: Tensor, tokens: Tokens, scale: float) -> Tensor:
-    from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
-
+    apply_rotary_pos_emb = package("pytorch.attention.rope").apply_rotary_pos_emb
     heads = x.transpose(1, 2)
     if scale != 1.0:
         turning = tokens.freqs.shape[-1]
