@@ -22,7 +22,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,17 +190,19 @@ def curves_of(
     variants: Sequence[Sequence[str]],
     steps: int,
     device: torch.device,
-    done: Callable[[dict[str, list[list[float]]]], object],
-) -> dict[str, list[list[float]]]:
-    """The loss of each step, by variant and seed; ``done`` is called with all of them after each curve."""
+    curves: dict[str, list[list[float]]],
+    done: Callable[[], object],
+) -> None:
+    """Add to ``curves``, by variant and seed, the losses that are not there; ``done`` is called after each curve."""
     chain, optim = Chain(size.vocabulary), optimizer_options(size, steps)
     batches = [chain.batch(size.rows, size.length, number) for number in range(steps)]
-    curves: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="convergence-") as name:
         folder = Path(name)
         size.config().save_pretrained(folder)
         configs = {" ".join(["ours", *words]): our_config(folder, size, optim, words) for words in variants}
-        for seed in SEEDS:
+        for number, seed in enumerate(SEEDS):
+            if all(len(curves.get(variant, [])) > number for variant in (REFERENCE, HF_BF16, *configs)):
+                continue
             torch.manual_seed(seed)
             LlamaForCausalLM(size.config()).save_pretrained(folder)
             if size.rank:
@@ -211,11 +213,12 @@ def curves_of(
                 **{name: partial(our_curve, config, batches, device) for name, config in configs.items()},
             }
             for variant, job in jobs.items():
+                if len(curves.get(variant, [])) > number:
+                    continue
                 curve = job()
                 curves.setdefault(variant, []).append(curve)
                 print(f"seed {seed}, {variant}: {curve[0]:.3f} to {curve[-1]:.3f}", flush=True)
-                done(curves)
-    return curves
+                done()
 
 
 def show(curves: dict[str, list[list[float]]], size: Size, steps: int) -> bool:
@@ -247,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lora", action="store_true", help="adapters of every projection, on frozen weights")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves, after each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves, after each; those there are kept")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     size, device = TINY if options.tiny else SMALL, pick_device(options.device)
@@ -255,12 +258,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no GPU here: use --tiny")
     size = replace(size, tied=options.tied, rank=16 if options.lora else None)
 
-    def keep(curves: dict[str, list[list[float]]]) -> None:
-        if options.json:  # whatever comes later
-            options.json.write_text(json.dumps(curves))
+    report: dict[str, Any] = {"size": asdict(size), "steps": options.steps, "curves": {}}
+    if options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+        if (before["size"], before["steps"]) != (report["size"], report["steps"]):
+            parser.error(f"{options.json} has curves of another size or length; give another file")
+        report["curves"] = before["curves"]
 
-    curves = curves_of(size, [[], *options.variant], options.steps, device, keep)
-    return 0 if show(curves, size, options.steps) else 1
+    def keep() -> None:
+        if options.json:  # whatever comes later
+            options.json.write_text(json.dumps(report))
+
+    curves_of(size, [[], *options.variant], options.steps, device, report["curves"], keep)
+    return 0 if show(report["curves"], size, options.steps) else 1
 
 
 if __name__ == "__main__":

@@ -272,13 +272,39 @@ def test_convergence_tells_a_variant_that_learns_from_one_that_does_not(
     words = ["--tiny", "--device", "cpu", "--steps", "10"]
     assert convergence.main([*words, "--variant", "model.dtype=float32", "--json", str(tmp_path / "curves.json")]) == 0
     assert "within the seeds' noise" in capsys.readouterr().out
-    curves = json.loads((tmp_path / "curves.json").read_text())
+    report = json.loads((tmp_path / "curves.json").read_text())
+    curves = report["curves"]
     assert list(curves) == ["hf float32 eager", "hf bfloat16", "ours", "ours model.dtype=float32"]
     assert all(len(curve) == 10 and curve[-1] < curve[0] for pair in curves.values() for curve in pair)
     for ours, reference in zip(curves["ours model.dtype=float32"], curves["hf float32 eager"], strict=True):
         assert ours == pytest.approx(reference, rel=1e-4)  # one optimizer on the same gradients
+    curves["ours"][0][-1] = 9.0  # what is there is not computed again
+    curves["ours"].pop()
+    (tmp_path / "curves.json").write_text(json.dumps(report))
+    assert convergence.main([*words, "--json", str(tmp_path / "curves.json")]) == 1
+    assert "seed 1, ours" in (said := capsys.readouterr().out)
+    assert "seed 0" not in said
+    assert len(json.loads((tmp_path / "curves.json").read_text())["curves"]["ours"]) == 2
     assert convergence.main([*words, "--variant", "optim.lr=3e-4"]) == 1
     assert "further than the seeds" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_convergence_of_adapters_on_weights_that_know_another_chain(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    convergence, file = load_convergence(monkeypatch), tmp_path / "curves.json"
+    words = ["--tiny", "--lora", "--device", "cpu", "--steps", "10", "--json", str(file)]
+    convergence.main([*words, "--variant", "model.dtype=float32", "--variant", "lora.base_dtype=float8"])
+    curves = json.loads(file.read_text())["curves"]
+    for exact, ours, float8 in zip(
+        *(curves[name] for name in ("hf float32 eager", "ours model.dtype=float32", "ours lora.base_dtype=float8")),
+        strict=True,
+    ):
+        assert ours == pytest.approx(exact, rel=1e-4)  # peft's adapters, from the same start
+        assert float8 == pytest.approx(exact, rel=1e-2)
+        assert float8 != exact
+        assert exact[-1] < exact[0]
 
 
 def test_the_chain_of_convergence_is_of_order_two(monkeypatch: pytest.MonkeyPatch) -> None:
