@@ -4,8 +4,8 @@
     python benchmarks/gated_tiles.py --width 18944    # Qwen2.5-7B's
 
 A configuration is rows, pairs and warps of a program, and how far one goes (`gated.TILE`, `gated.STRETCH` and
-`gated.FORWARD_TILE`, `gated.FORWARD_STRETCH`). Results do not depend on it (tests/gpu/test_kernels.py). The floor is what
-the kernel has to read and write, at the bandwidth of a copy measured beside it.
+`gated.FORWARD_TILE`, `gated.FORWARD_STRETCH`); results do not depend on it (tests/gpu/test_kernels.py). The floor is
+what the kernel has to read and write, at the bandwidth of a copy measured beside it.
 """
 
 import argparse
