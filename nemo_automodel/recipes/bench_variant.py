@@ -57,6 +57,7 @@ class Request:
         steps: that are measured.
         warmup: steps before them.
         profile: whether to make the table of kernels.
+        parts: whether to tell the parts of a step apart.
         device: ``cpu``, ``cuda``, ...
     """
 
@@ -70,6 +71,7 @@ class Request:
     steps: int
     warmup: int
     profile: bool
+    parts: bool = True
     device: str
 
 
@@ -240,7 +242,7 @@ def measure(request: Request) -> dict[str, Any]:
         "build_s": built - started,
         "steps_s": ended - built,
         "matmul_tflops": peak / 1e12,
-        "parts_ms": _parts(job, batches, device),
+        "parts_ms": _parts(job, batches, device) if request.parts else {},
     }
     if request.variant == OURS:
         result["served"] = served(job.model, our_config(request).model, packing)

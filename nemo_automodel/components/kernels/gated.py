@@ -17,11 +17,11 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 """Those the kernels have, by transformers' names."""
 
 BLOCK = 1024
-TILE = (16, 64, 2)
+TILE = (16, 64, 4)
 """Rows, pairs and warps of the backward kernel that takes adapters' products on its way (16 rows are the least)."""
 STRETCH = 512
 """Rows that one of those programs goes through, adding up."""
-FORWARD_TILE, FORWARD_STRETCH = (32, 64, 4), 2048
+FORWARD_TILE, FORWARD_STRETCH = (16, 128, 4), 2048
 """The same of the forward kernel, and pairs that one of its programs goes through."""
 ON_THE_WAY = True
 """Whether that kernel takes the product, too, or leaves it to be done afterwards."""

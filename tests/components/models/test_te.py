@@ -419,7 +419,7 @@ def test_extra_states_are_neither_saved_nor_wanted(strict: bool, tmp_path: Path)
 
 
 def test_its_libraries_find_the_cudnn_that_torch_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["libcudnn.so.9", "libcudnn_graph.so.9"]
+    names = ["libcudnn_graph.so.9", "libcudnn_ops.so.9", "libcudnn_adv.so.9"]  # each before those that need it
     (tmp_path / "lib").mkdir()
     for name in names:
         (tmp_path / "lib" / name).touch()
