@@ -1,7 +1,7 @@
 """Tokens/s of Llama-3-8B LoRA and Llama-3.2-1B full under each backend, whole rows and packed documents, in one run.
 
-    python benchmarks/backends.py --json backends.json             # on a GPU, with Transformer Engine and FlashAttention
-    python benchmarks/backends.py --workload llama1b_packed        # one of them
+    python benchmarks/backends.py --json backends.json         # on a GPU, with Transformer Engine and FlashAttention
+    python benchmarks/backends.py --workload llama1b_packed    # one of them
 
 All rows are measured one after the other in one process. A backend that is not installed is a line that says so.
 """
