@@ -66,8 +66,9 @@ def _load_cudnn_of_torch() -> None:
     found = find_spec("nvidia.cudnn") if find_spec("nvidia") is not None else None
     for place in (found.submodule_search_locations or []) if found is not None else []:
         # those that the others need come first: by name alone the loader may find the system's for them
-        needed = ("libcudnn_graph", "libcudnn_ops")
-        libraries = sorted(Path(place).glob("lib/libcudnn*.so.*"), key=lambda file: not file.name.startswith(needed))
+        needed = ("libcudnn_graph", "libcudnn_ops")  # in this order, which is the alphabet's
+        files = sorted(Path(place).glob("lib/libcudnn*.so.*"))
+        libraries = sorted(files, key=lambda file: not file.name.startswith(needed))
         for library in libraries:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         if libraries:
