@@ -13,6 +13,7 @@ and its moments. How masters and roundings work is told beside the kernel, `comp
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -217,14 +218,17 @@ class MasterAdamW:
         )
 
     def _adding(self, name: str) -> Callable[[Tensor], None]:
+        # autograd holds what a hook holds, out of the garbage collector's sight: weights and moments would never go
+        optimizer = weakref.ref(self)
+
         def add(parameter: Tensor) -> None:
-            if not self.accumulating:
+            if (owner := optimizer()) is None or not owner.accumulating:
                 return
             assert parameter.grad is not None
-            if name in self._sums:
-                self._sums[name].add_(parameter.grad)
+            if name in owner._sums:
+                owner._sums[name].add_(parameter.grad)
             else:
-                self._sums[name] = parameter.grad.float()
+                owner._sums[name] = parameter.grad.float()
             parameter.grad = None
 
         return add

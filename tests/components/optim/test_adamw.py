@@ -1,8 +1,10 @@
 """AdamW on masters against torch's own, and the schedule against its formula."""
 
 import copy
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -62,6 +64,27 @@ def test_bf16_gradients_add_up_in_fp32() -> None:
         (parameter * scale).sum().backward()
     assert parameter.grad is None
     assert optimizer.step(1e-3) == 258.0
+
+
+def test_a_dropped_optimizer_takes_no_gradients_and_nothing_of_it_stays() -> None:
+    """Its hooks stay on the parameters for good, and what they held would, too: weights and moments."""
+    model = _model(torch.bfloat16)
+    first = MasterAdamW(model.named_parameters(), OptimConfig())
+    _backward(model, 0)
+    first.step(1e-2)
+    dropped = weakref.ref(first)
+    del first
+    gc.collect()
+    assert dropped() is None
+    second = MasterAdamW(model.named_parameters(), OptimConfig())
+    before = copy.deepcopy(model.state_dict())
+    _backward(model, 1)
+    assert second.step(1e-2) > 0
+    assert not all(map(torch.equal, model.state_dict().values(), before.values()))
+    weight = weakref.ref(next(model.parameters()))
+    del model, second
+    gc.collect()
+    assert weight() is None
 
 
 def test_one_gradient_stays_as_it_is() -> None:
