@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_automodel.components.models.common import decoder
+from nemo_automodel.components.models.common.capabilities import ATTENTIONS, absent
 from nemo_automodel.components.models.common.varlen import Documents, varlen_attention_forward
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes.train import Run, TrainConfig
@@ -178,25 +179,27 @@ def test_documents_made_on_the_host_spare_the_wait() -> None:
     torch.testing.assert_close(found.logits, expected.logits, atol=0.05, rtol=0.05)  # bf16, two layers deep
 
 
-def test_a_packed_training_takes_it_and_never_waits(overrides: Callable[..., list[str]]) -> None:  # noqa: F811
+@pytest.mark.parametrize("attn", ["auto", "varlen", "te"])
+def test_a_packed_training_takes_it_and_never_waits(attn: str, overrides: Callable[..., list[str]]) -> None:  # noqa: F811
     """The losses are near those of sdpa with a mask; once its kernels are compiled, no step makes the host wait."""
+    if attn == "te" and (why := absent(ATTENTIONS["te"])) is not None:
+        pytest.skip(f"te {why}")
     packing = {"data__packing": "true", "data__max_length": 128, "train__batch_size": 2, "train__max_steps": 8}
+    fastest = "varlen" if absent(ATTENTIONS["te"]) else "te"
     losses = {}
-    for attn in ("auto", "sdpa"):
+    for name, line in {attn: {"auto": f"{fastest} (packed"}.get(attn, f"{attn} (asked"), "sdpa": "sdpa, cuDNN"}.items():
         said: list[str] = []
-        config = load_config(TrainConfig, None, overrides(attn, **packing, model__backend__attn=attn, optim__lr="1e-3"))
+        config = load_config(TrainConfig, None, overrides(name, **packing, model__backend__attn=name, optim__lr="1e-3"))
         run = Run(config, said.append)
-        assert said[-1].startswith(
-            "attention: varlen (packed" if attn == "auto" else "attention: sdpa, cuDNN first (as"
-        )
+        assert said[-1].startswith(f"attention: {line}")
         for step in range(1, 9):
-            if step == 5 and attn == "auto":
+            if step == 5 and name == attn:
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 run.step(step)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        losses[attn] = [row["loss"] for _, row in run.rows(until=8)]
-    assert losses["auto"] == pytest.approx(losses["sdpa"], rel=0.02)  # bf16, eight steps deep
-    assert losses["auto"][-1] < losses["auto"][0]
+        losses[name] = [row["loss"] for _, row in run.rows(until=8)]
+    assert losses[attn] == pytest.approx(losses["sdpa"], rel=0.02)  # bf16, eight steps deep
+    assert losses[attn][-1] < losses[attn][0]
