@@ -58,16 +58,6 @@ def package(name: str) -> Any:
 
 
 @cache
-def why_not_loaded() -> str | None:
-    """Why it cannot be used although it is installed, in words; None: it is there now."""
-    try:
-        package("pytorch")
-    except (ImportError, OSError, RuntimeError) as error:  # whatever its libraries fail at
-        return f"does not load: {error}"
-    return None
-
-
-@cache
 def _load_cudnn_of_torch() -> None:
     """Before Transformer Engine finds the system's, which may be another version than the one torch brought along.
 
