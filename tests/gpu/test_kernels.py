@@ -177,6 +177,16 @@ def test_adapters(ranks: dict[str, int], recipe: str | None, joined: bool, dtype
         assert_no_further(make, dtype=dtype)
 
 
+@pytest.mark.parametrize("recipe", [None, "silu", "normed"])
+@pytest.mark.parametrize("ranks", [{"o_proj": 16}, {"gate_proj": 8, "up_proj": 16}], ids=str)
+def test_adapters_over_weights_in_float8(ranks: dict[str, int], recipe: str | None) -> None:
+    """Beside plain operations that round the same operands to float8."""
+    fusion = None if "o_proj" in ranks else GATE_UP
+    make = partial(linear_case, (2, 133), 640, 768, recipe, ranks=ranks, fusion=fusion, float8=True)
+    # Hopper adds products of float8 up in fewer bits than fp32 has, where it is let (use_fast_accum)
+    assert_no_further(make, ratio=1.5, dtype=BF16)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 64, 128])
 def test_ranks_of_adapters_whatever_they_are(rank: int) -> None:
     assert_no_further(partial(linear_case, (133,), 640, 768, "silu", ranks={"down_proj": rank}), dtype=BF16)

@@ -17,6 +17,7 @@ from nemo_automodel.components.kernels import linear_cross_entropy as loss_modul
 from nemo_automodel.components.kernels import qkv_rope as rope_module
 from nemo_automodel.components.kernels import tied as tied_module
 from nemo_automodel.components.kernels.add_norm import add_norm, add_norm_reference
+from nemo_automodel.components.kernels.float8 import quantized_reference
 from nemo_automodel.components.kernels.gated import gated, gated_reference
 from nemo_automodel.components.kernels.linear import Gated, Normed, linear
 from nemo_automodel.components.kernels.linear_cross_entropy import (
@@ -245,9 +246,13 @@ def linear_case(
     ranks: dict[str, int] | None = None,
     joined: bool = False,
     room: int = 0,
+    float8: bool = False,
     **to: Any,
 ) -> Case:
-    """``recipe``: None, "silu", "gelu_pytorch_tanh" or "normed". ``ranks``: adapters on these parts, else none."""
+    """``recipe``: None, "silu", "gelu_pytorch_tanh" or "normed". ``ranks``: adapters on these parts, else none.
+
+    ``float8``: of the frozen weight under them; the reference rounds the same operands, and nothing else.
+    """
     weight = values(out, width, scale=width**-0.5, grad=not frozen and ranks is None, **to)
     bias_value = values(out, grad=ranks is None, **to) if bias else None
     layer, adapters = None, []
@@ -256,6 +261,8 @@ def linear_case(
         adapters = [*layer.lora_A.values(), *layer.lora_B.values()]
         if joined:
             layer.join()
+        if float8:
+            layer.quantize()
         weight, bias_value = layer.weight, layer.bias
     inputs: list[Tensor | None]
     if recipe == "normed":
@@ -280,7 +287,12 @@ def linear_case(
             total, x = add_norm_reference(*inputs[:3], EPS, 1.0)
         else:
             total, x = None, inputs[0] if recipe is None else gated_reference(inputs[0], recipe)
-        y = F.linear(x, *inputs[given : given + 2])
+        if float8:
+            assert layer is not None
+            y = _InFloat8.apply(x, layer.weight, layer.scale, to["dtype"])
+            y = y if layer.bias is None else y + inputs[given + 1]
+        else:
+            y = F.linear(x, *inputs[given : given + 2])
         if layer is not None:
             a, b = inputs[given + 2 :][: len(layer.updates)], inputs[given + 2 :][len(layer.updates) :]
             for (part, update), a_part, b_part in zip(layer.updates.items(), a, b, strict=True):
@@ -290,6 +302,26 @@ def linear_case(
         return y if total is None else (total, y)
 
     return Case(kernel, reference, [*inputs, weight, bias_value, *adapters])
+
+
+class _InFloat8(torch.autograd.Function):
+    """``x W^T`` and its gradient, with operands rounded to float8 as they are in ``dtype``, and exact but for that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.dtype = dtype
+        return _InFloat8.product(x, None, dtype, codes.double() * scale.double())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, scale = ctx.saved_tensors
+        return _InFloat8.product(grad, scale.squeeze(1), ctx.dtype, codes.double().t()), None, None, None
+
+    @staticmethod
+    def product(x: Tensor, columns: Tensor | None, dtype: torch.dtype, matrix: Tensor) -> Tensor:
+        rows, scale = quantized_reference(x.flatten(0, -2).to(dtype), columns)
+        return ((rows.double() * scale.double()) @ matrix.t()).view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def mlp_case(

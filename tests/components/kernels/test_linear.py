@@ -14,6 +14,7 @@ from nemo_automodel.components.distributed.parallelize import _keep_costly
 from nemo_automodel.components.kernels import gated as gated_module
 from nemo_automodel.components.kernels import linear as linear_module
 from nemo_automodel.components.kernels.add_norm import add_norm_reference
+from nemo_automodel.components.kernels.float8 import FLOAT8
 from nemo_automodel.components.kernels.gated import gated, gated_reference
 from nemo_automodel.components.kernels.launch import runs_on
 from nemo_automodel.components.kernels.linear import Gated, Linear, Normed, Pairs, can_run, linear, takes_gated
@@ -58,6 +59,15 @@ def test_layers(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", ADAPTED)
 def test_adapters(name: str, joined: bool, dtype: torch.dtype) -> None:
     assert_near(linear_case((3, 7), 40, joined=joined, **ADAPTED[name], dtype=dtype), CHANCE)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_over_weights_in_float8(name: str, dtype: torch.dtype) -> None:
+    """Near what rounds the same operands and is exact but for that: one that was not rounded would be 3% away."""
+    case = linear_case((3, 7), 40, **ADAPTED[name], float8=True, dtype=dtype)
+    assert any(x is not None and x.dtype == FLOAT8 for x in case.inputs)
+    assert_near(case, CHANCE)
 
 
 @pytest.mark.parametrize("room", [16, 24, 40])
