@@ -78,7 +78,7 @@ def measured(workload: Workload, words: tuple[str, ...], warmup: int, steps: int
                 )
             )
         except Exception as error:  # a row, whatever it is
-            result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            result = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
     gc.collect()
     torch.cuda.empty_cache()
     return result

@@ -22,7 +22,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -192,20 +192,17 @@ def curves_of(
     steps: int,
     seeds: int,
     device: torch.device,
-    curves: dict[str, list[list[float]]],
-    done: Callable[[], object],
+    done: Callable[[dict[str, list[list[float]]]], object],
 ) -> dict[str, list[list[float]]]:
-    """The losses by variant and seed. Those that are not in ``curves`` are added, and ``done`` called, one by one."""
+    """The loss of each step, by variant and seed; ``done`` is called with all of them after each curve."""
     chain, optim = Chain(size.vocabulary), optimizer_options(size, steps)
     batches = [chain.batch(size.rows, size.length, number) for number in range(steps)]
+    curves: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="convergence-") as name:
         folder = Path(name)
         size.config().save_pretrained(folder)
         configs = {" ".join(["ours", *words]): our_config(folder, size, optim, words) for words in variants}
-        names = [REFERENCE, HF_BF16, *configs]
         for seed in range(seeds):
-            if all(len(curves.get(variant, [])) > seed for variant in names):
-                continue
             torch.manual_seed(seed)
             LlamaForCausalLM(size.config()).save_pretrained(folder)
             if size.rank:
@@ -216,13 +213,11 @@ def curves_of(
                 **{name: partial(our_curve, config, batches, device) for name, config in configs.items()},
             }
             for variant, job in jobs.items():
-                if len(curves.get(variant, [])) > seed:
-                    continue
                 curve = job()
                 curves.setdefault(variant, []).append(curve)
                 print(f"seed {seed}, {variant}: {curve[0]:.3f} to {curve[-1]:.3f}", flush=True)
-                done()
-    return {name: curves[name][:seeds] for name in names}
+                done(curves)
+    return curves
 
 
 def show(curves: dict[str, list[list[float]]], size: Size, steps: int) -> bool:
@@ -255,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2, help="random models (default: %(default)s)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves, after each; those there are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves, after each")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     size, device = TINY if options.tiny else SMALL, pick_device(options.device)
@@ -265,19 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds {options.seeds}: the noise is between two at least")
     size = replace(size, tied=options.tied, rank=16 if options.lora else None)
 
-    report: dict[str, Any] = {"size": asdict(size), "steps": options.steps, "curves": {}}
-    if options.json and options.json.exists():
-        before = json.loads(options.json.read_text())
-        if (before["size"], before["steps"]) != (report["size"], report["steps"]):
-            parser.error(f"{options.json} has curves of another size or length; give another file")
-        report["curves"] = before["curves"]
-
-    def keep() -> None:
+    def keep(curves: dict[str, list[list[float]]]) -> None:
         if options.json:  # whatever comes later
-            options.json.write_text(json.dumps(report))
+            options.json.write_text(json.dumps(curves))
 
-    variants = [[], *options.variant]
-    curves = curves_of(size, variants, options.steps, options.seeds, device, report["curves"], keep)
+    curves = curves_of(size, [[], *options.variant], options.steps, options.seeds, device, keep)
     return 0 if show(curves, size, options.steps) else 1
 
 

@@ -215,23 +215,27 @@ class _Processes(AbstractContextManager["_Processes"]):
     """A fresh process for each of ``count`` rows, the next one started ahead where a GPU does the work."""
 
     def __init__(self, folder: Path, count: int, device: torch.device):
-        self._folder, self._count, self._begun = folder, count, 0
+        self._folder, self._left, self._begun = folder, count, 0
         # on a CPU, or few of them, its imports would be measured
-        self._ahead = device.type == "cuda" and (os.cpu_count() or 1) >= 4
-        self._next: subprocess.Popen[str] | None = None
+        self._ahead = device.type == "cuda" and _cores() >= 4
+        self._running: list[subprocess.Popen[str]] = []
+        """The one that measures, or will; behind it the next one."""
 
     def __exit__(self, *exc: object) -> None:
-        if self._next is not None:
-            self._next.kill()
-            self._next.communicate()
+        for process in self._running:
+            process.kill()
+            process.communicate()
 
     def measure(self, request: Request) -> dict[str, Any]:
         """Whatever becomes of it is a row."""
+        self._left -= 1
         if (package := _missing(request)) is not None:
             return {"error": f"{package} is not installed: pip install {package}"}
-        process, number = self._next or self._start(), self._begun
-        self._next = self._start() if self._ahead and number < self._count else None
+        while len(self._running) < (2 if self._ahead and self._left else 1):
+            self._running.append(self._start())
+        process, number = self._running[0], self._begun - len(self._running) + 1
         process.communicate(json.dumps(asdict(request)))
+        self._running.pop(0)
         said, result_file = self._file("output", number).read_text(errors="replace"), self._file("result", number)
         if not result_file.is_file():
             last = (said.strip().splitlines() or ["it said nothing"])[-1]
@@ -258,6 +262,11 @@ class _Processes(AbstractContextManager["_Processes"]):
 
     def _file(self, name: str, number: int) -> Path:
         return self._folder / f"{name}-{number}"
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _missing(request: Request) -> str | None:

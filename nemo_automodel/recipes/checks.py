@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,16 +147,19 @@ def rounds_operands(module: nn.Module) -> bool:
 
 @contextmanager
 def _without_float8(model: nn.Module) -> Iterator[None]:
-    """Linear layers whose operands are rounded to float8 multiply as torch's do, uncompiled, as they may be without."""
-    layers: list[Any] = [module for module in model.modules() if rounds_operands(module)]
-    for layer in layers:
-        layer.forward = partial(nn.Linear.forward, layer)
+    """Linear layers whose operands are rounded to float8 multiply as torch's do, uncompiled, as they may be without.
+
+    For the classes: the layers themselves may have a forward of their own, which tensor parallelism gave them.
+    """
+    own: dict[Any, Any] = {type(layer): type(layer).forward for layer in model.modules() if rounds_operands(layer)}
+    for kind in own:
+        kind.forward = nn.Linear.forward
     try:
-        with torch.compiler.set_stance("force_eager") if layers else nullcontext():
+        with torch.compiler.set_stance("force_eager") if own else nullcontext():
             yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for kind, forward in own.items():
+            kind.forward = forward
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

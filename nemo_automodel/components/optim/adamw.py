@@ -224,7 +224,10 @@ class MasterAdamW:
         def add(parameter: Tensor) -> None:
             if (owner := optimizer()) is None or not owner.accumulating:
                 return
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                raise RuntimeError(
+                    f"{name}: its gradient went to another MasterAdamW of it, which must be dropped first"
+                )
             if name in owner._sums:
                 owner._sums[name].add_(parameter.grad)
             else:

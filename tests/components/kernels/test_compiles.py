@@ -33,7 +33,8 @@ pytestmark = [
 ROPE = {"GROUP": 4, "D": 128, "HALF": 64, "TOKENS": 4, "BLOCK": 64, "REST": 1}
 LOSS = {"V": 128256, "CAP": False, "BLOCK": 8192}
 MLP = {"KIND": 0, "RANK": 16, "WIDE": False}
-BACKWARD = MLP | {"STRETCH": 512, "ROWS": 16, "BLOCK": 64}
+FORWARD = MLP | {"STRETCH": gated.FORWARD_STRETCH, **dict(zip(("ROWS", "BLOCK"), gated.FORWARD_TILE, strict=False))}
+BACKWARD = MLP | {"STRETCH": gated.STRETCH, **dict(zip(("ROWS", "BLOCK"), gated.TILE, strict=False))}
 NORM = {"BLOCK": 4096}
 ADAMW = {"ALIGNED": True, "COLUMNS": 11, "SCALARS_COLUMNS": 3, "LANE": 512, "HALF": True, "HALF_GRADIENT": True}
 PROGRAMS: dict[str, tuple[Any, int, dict[str, Any]]] = {
@@ -41,9 +42,13 @@ PROGRAMS: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "norm, backward": (add_norm.add_norm_backward_kernel, 8, NORM | {"WITH_TOTAL": True, "WITH_WEIGHT": True}),
     "gated": (gated.gated_forward_kernel, 4, {"KIND": 0, "BLOCK": 1024}),
     "gated, gelu, backward": (gated.gated_backward_kernel, 4, {"KIND": 1, "WITH_OUT": True, "BLOCK": 1024}),
-    "gated, adapters": (gated.gated_low_rank_forward_kernel, 4, MLP | {"STRETCH": 2048, "ROWS": 32, "BLOCK": 64}),
-    "gated, adapters, backward": (gated.gated_low_rank_backward_kernel, 2, BACKWARD | {"PAIRED": 0}),
-    "gated, adapters behind, backward": (gated.gated_low_rank_backward_kernel, 2, BACKWARD | {"PAIRED": 16}),
+    "gated, adapters": (gated.gated_low_rank_forward_kernel, gated.FORWARD_TILE[2], FORWARD),
+    "gated, adapters, backward": (gated.gated_low_rank_backward_kernel, gated.TILE[2], BACKWARD | {"PAIRED": 0}),
+    "gated, adapters behind, backward": (
+        gated.gated_low_rank_backward_kernel,
+        gated.TILE[2],
+        BACKWARD | {"PAIRED": 16},
+    ),
     "adding a product": (low_rank.add_product_kernel, 4, {"RANK": 64, "ROWS": 64, "BLOCK": 128, "WIDE": False}),
     "adapters together": (low_rank.low_rank_pack_kernel, 4, {"BLOCK": 2048}),
     "adapters apart": (low_rank.low_rank_unpack_kernel, 4, {"WITH_COLUMNS": True, "BLOCK": 2048}),

@@ -184,7 +184,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     table = replace(own, on={capabilities.ANY: own.on["cuda"]._replace(dtypes=capabilities.DOUBLE, compute=(0, 0))})
     for names in (capabilities.BY_IMPLEMENTATION, capabilities.ATTENTIONS):
         monkeypatch.setitem(names, "te", table)
-    for made in (float8._recipe, attention.dot_product):
+    for made in (float8._recipe, attention.dot_product, engine.package):
         made.cache_clear()
     Recipes.entered.clear()
     Recipes.passes = 0

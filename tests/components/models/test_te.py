@@ -7,12 +7,12 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -58,6 +58,8 @@ from nemo_automodel.components.peft import LoRAConfig, apply_lora
 from nemo_automodel.components.peft import layout_of as layout_of_model
 from nemo_automodel.components.placement import whole
 from nemo_automodel.config import ConfigError, load_config
+from nemo_automodel.recipes import checks
+from nemo_automodel.recipes.checks import check_packing
 from nemo_automodel.recipes.train import Run, TrainConfig
 from tests.components.models import te_stand_in
 from tests.conftest import assert_same_step, randomize, tiny, tokens, twins
@@ -418,18 +420,68 @@ def test_extra_states_are_neither_saved_nor_wanted(strict: bool, tmp_path: Path)
     assert all(map(torch.equal, loaded.parameters(), plain.parameters()))
 
 
-def test_its_libraries_find_the_cudnn_that_torch_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["libcudnn_graph.so.9", "libcudnn_ops.so.9", "libcudnn_adv.so.9"]  # each before those that need it
-    (tmp_path / "lib").mkdir()
+@pytest.fixture
+def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Tells what is mapped into this process."""
+    monkeypatch.setattr(engine, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(engine, "package", engine.package.__wrapped__)
+
+    def write(*files: Path) -> None:
+        lines = [f"7f00-7f01 r-xp 00000000 fe:00 42    {file}" for file in (*files, Path("/usr/lib/libc.so.6"))]
+        (tmp_path / "maps").write_text("\n".join([*lines, "7f02-7f03 rw-p 00000000 00:00 0 "]))
+
+    return write
+
+
+def test_all_of_the_cudnn_that_torch_has_is_loaded_first(
+    mapped: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["libcudnn_graph.so.9", "libcudnn_ops.so.9", "libcudnn.so.9", "libcudnn_adv.so.9"]
     for name in names:
-        (tmp_path / "lib" / name).touch()
+        (tmp_path / name).touch()
+    mapped(tmp_path / "libcudnn.so.9")
     loaded: list[str] = []
     monkeypatch.setattr(engine.os, "environ", {})
-    monkeypatch.setattr(engine, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
     monkeypatch.setattr(engine.ctypes, "CDLL", lambda path, mode: loaded.append(Path(path).name))
-    engine._load_cudnn_of_torch.__wrapped__()
-    assert loaded == names
+    engine._load_the_rest_of_cudnn()
+    assert loaded == names  # each before those that need it
     assert engine.os.environ["CUDNN_HOME"] == str(tmp_path)
+    mapped()
+    engine._load_the_rest_of_cudnn()
+    assert loaded == names
+
+
+def test_two_versions_of_cudnn_are_refused(te: None, mapped: Callable[..., None], tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "a", tmp_path / "b"
+    mapped(ours / "libcudnn.so.9", ours / "libcudnn_graph.so.9")
+    assert engine.package("pytorch").Linear is te_stand_in.Linear
+    mapped(ours / "libcudnn.so.9", theirs / "libcudnn_graph.so.9")
+    with pytest.raises(ImportError, match=f"from {ours} and {theirs}: .* LD_LIBRARY_PATH set to the folder of torch's"):
+        engine.package("pytorch")
+
+
+def test_packing_is_proved_under_tensor_parallelism_too(te: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents share a scale, and each layer has a forward of its own, which stays."""
+
+    def rounds(self: Any, inp: Tensor) -> Tensor:
+        scale = inp.abs().max() / 7
+        return F.linear((inp / scale).round() * scale, self.weight)
+
+    monkeypatch.setattr(te_stand_in.Linear, "forward", rounds)
+    backend = {"linear": "te", "te_fp8": {}}
+    model = randomize(NeMoAutoModelForCausalLM.from_config(tiny(intermediate_size=48, head_dim=16), backend=backend))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallelize_tensors(model, tp_plan_of(model), init_device_mesh("cpu", (1,)), {"DecoderLayer"})
+        ids = tokens(1, 8)
+        before = model(ids, labels=ids, use_cache=False).loss
+        check_packing(model, torch.device("cpu"))
+        assert torch.equal(model(ids, labels=ids, use_cache=False).loss, before)
+        monkeypatch.setattr(checks, "rounds_operands", lambda module: False)
+        with pytest.raises(ValueError, match="packed documents see each other"):
+            check_packing(model, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
 
 
 def _cut(config: Any, folder: Path, ids: Tensor) -> None:

@@ -87,6 +87,14 @@ def test_a_dropped_optimizer_takes_no_gradients_and_nothing_of_it_stays() -> Non
     assert weight() is None
 
 
+def test_two_optimizers_of_one_parameter_are_refused() -> None:
+    model = _model(torch.bfloat16)
+    both = [MasterAdamW(model.named_parameters(), OptimConfig()) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="its gradient went to another MasterAdamW of it, which must be dropped"):
+        _backward(model, 0)
+    assert all(optimizer.accumulating for optimizer in both)
+
+
 def test_one_gradient_stays_as_it_is() -> None:
     parameter = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     optimizer = MasterAdamW([("w", parameter)], OptimConfig())

@@ -2,15 +2,18 @@
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+MAPS = Path("/proc/self/maps")
+"""Linux: what files are mapped into this process."""
 
 
 class Engine:
@@ -51,28 +54,42 @@ class Engine:
         return output
 
 
-def package(name: str) -> Any:
-    """The module ``name`` of Transformer Engine, which then computes with torch's own cuDNN."""
-    _load_cudnn_of_torch()
-    return import_module(f"transformer_engine.{name}")
-
-
 @cache
-def _load_cudnn_of_torch() -> None:
-    """Before Transformer Engine finds the system's, which may be another version than the one torch brought along.
+def package(name: str) -> Any:
+    """The module ``name`` of Transformer Engine, which computes with the cuDNN that torch has loaded.
 
-    Two of them in one process mix: either fails at a symbol of the other, or computes wrong gradients (head_dim 256).
+    Left alone it loads the system's. Two versions in one process mix: either fails at a symbol of the other, or
+    computes wrong gradients (of head_dim 256, on an H200).
+
+    Raises:
+        ImportError: two are loaded all the same, because somebody imported it before.
     """
-    found = find_spec("nvidia.cudnn") if find_spec("nvidia") is not None else None
-    for place in (found.submodule_search_locations or []) if found is not None else []:
-        # those that the others need come first: by name alone the loader may find the system's for them
-        needed = ("libcudnn_graph", "libcudnn_ops")  # in this order, which is the alphabet's
-        files = sorted(Path(place).glob("lib/libcudnn*.so.*"))
-        libraries = sorted(files, key=lambda file: not file.name.startswith(needed))
-        for library in libraries:
+    if "transformer_engine" not in sys.modules:
+        _load_the_rest_of_cudnn()
+    made = import_module(f"transformer_engine.{name}")
+    if len(folders := sorted({str(file.parent) for file in _cudnn_in_use()})) > 1:
+        raise ImportError(
+            f"two versions of cuDNN are loaded, from {' and '.join(folders)}: Transformer Engine would mix them. "
+            "Start Python with CUDNN_HOME and LD_LIBRARY_PATH set to the folder of torch's"
+        )
+    return made
+
+
+def _load_the_rest_of_cudnn() -> None:
+    """All libraries of the cuDNN of which torch has loaded some, since the loader goes by their names alone."""
+    for folder in {file.parent for file in _cudnn_in_use()}:
+        # each after those that it needs, which is the alphabet's order but for these two
+        needed = ("libcudnn_graph", "libcudnn_ops")
+        for library in sorted(sorted(folder.glob("libcudnn*.so.*")), key=lambda file: not file.name.startswith(needed)):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        if libraries:
-            os.environ.setdefault("CUDNN_HOME", str(place))  # where Transformer Engine looks first
+        os.environ.setdefault("CUDNN_HOME", str(folder))  # where Transformer Engine looks first
+
+
+def _cudnn_in_use() -> list[Path]:
+    """The files of cuDNN that are mapped into this process; none where the system does not say."""
+    lines = MAPS.read_text().splitlines() if MAPS.exists() else []
+    names = {line.split(maxsplit=5)[5] for line in lines if "/libcudnn" in line}
+    return [Path(os.path.realpath(name)) for name in names if Path(name).name.startswith(("libcudnn.so", "libcudnn_"))]
 
 
 def refuse_off_gpu(x: Tensor | None = None) -> None:
