@@ -31,6 +31,7 @@ from transformers import (
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.distributed import parallelize_tensors
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers
+from nemo_automodel.components.models.common.capabilities import ATTENTIONS
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
 from nemo_automodel.components.models.common.rope import RopeSpec, RotaryEmbedding, apply_rotary_pos_emb
 from nemo_automodel.components.models.common.te.float8 import TEFloat8
@@ -55,6 +56,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 BF16 = torch.bfloat16
 ALL = {"attn": "te", "linear": "te", "rms_norm": "te", "rope_fusion": True}
+HEAD_DIMS = [head_dim for head_dim in (64, 96, 128, 256) if head_dim in ATTENTIONS["te"].on["cuda"].head_dims]
 PACKED = {"data__packing": "true", "data__max_length": 128, "train__batch_size": 2}
 
 
@@ -168,7 +170,7 @@ def attend(name: str, inputs: list[Tensor], window: int | None, documents: Docum
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_attention_of_packed_documents(group: int, head_dim: int, window: int | None) -> None:
     inputs = heads(group, head_dim)
@@ -177,7 +179,7 @@ def test_attention_of_packed_documents(group: int, head_dim: int, window: int | 
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attention_of_a_document_in_each_row(head_dim: int, window: int | None) -> None:
     """The plain case, which takes another kernel: it equals the packed one given the same bounds."""
     inputs = heads(4, head_dim)

@@ -1,9 +1,11 @@
 """The training loop against an independent one, and what it promises: resume, export, refusals."""
 
+import gc
 import json
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,3 +406,18 @@ def test_resuming_in_another_dtype_is_refused(overrides: Overrides) -> None:
 def test_lora_on_random_weights_is_refused(overrides: Overrides) -> None:
     with pytest.raises(ConfigError, match="from_scratch=true with lora"):
         load_config(TrainConfig, None, overrides(model__from_scratch="true", lora__r=4))
+
+
+@pytest.mark.parametrize("options", [{}, {"lora__r": 4}, {"model__gradient_checkpointing": "selective"}], ids=str)
+def test_a_run_that_is_over_leaves_nothing_in_memory(overrides: Overrides, options: dict[str, Any]) -> None:
+    """Where several follow each other in one process: a notebook, a sweep."""
+    words = overrides(train__max_steps=2, model__dtype="bfloat16", **options)
+    done = recipe.Run(load_config(TrainConfig, None, words), lambda line: None)
+    for step in (1, 2):
+        done.step(step)
+    done.save(2)
+    done.checkpoints.wait()
+    left = [weakref.ref(x) for x in (done, done.model, done.optimizer, next(done.model.parameters()))]
+    del done
+    gc.collect()
+    assert [x() is None for x in left] == [True] * 4
