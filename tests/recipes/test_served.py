@@ -1,6 +1,7 @@
 """What serves each part of a model, as a training says when it begins, and which attention `auto` takes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.kernels import launch
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.capabilities import Package
+from nemo_automodel.components.models.common.te import engine
 from nemo_automodel.components.models.common.te.float8 import TEFloat8
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of
 from nemo_automodel.config import load_config
@@ -112,6 +114,18 @@ def test_what_transformer_engine_serves(gpu: None, monkeypatch: pytest.MonkeyPat
     assert found["linear layers"] == "Transformer Engine, float8 by recipe 'block' (asked for)"
     assert found["norms"] == found["RoPE"] == "Transformer Engine (asked for)"
     assert found["gated MLP"] == found["loss"] == KERNELS
+
+
+def test_two_versions_of_cudnn_are_a_warning(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever imported Transformer Engine (`import peft` does) may have brought the system's in."""
+    monkeypatch.setattr(engine, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(served, "_home", lambda model: (torch.device("cuda"), torch.bfloat16))
+    line = "7f00-7f01 r-xp 00000000 fe:00 42    {}/libcudnn_graph.so.9\n"
+    (tmp_path / "maps").write_text(line.format("/a"))
+    assert "warning" not in served.served(model_of(LlamaConfig), AUTO, packing=False)
+    (tmp_path / "maps").write_text(line.format("/a") + line.format("/b"))
+    found = in_one_line(served.served(model_of(LlamaConfig), AUTO, packing=False))
+    assert "; warning: parts of two versions of cuDNN, from /a and /b, whose gradients may be wrong" in found
 
 
 def test_transformers_own_class_has_one_line() -> None:

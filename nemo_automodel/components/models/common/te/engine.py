@@ -67,12 +67,20 @@ def package(name: str) -> Any:
     if "transformer_engine" not in sys.modules:
         _load_the_rest_of_cudnn()
     made = import_module(f"transformer_engine.{name}")
-    if len(folders := sorted({str(file.parent) for file in _cudnn_in_use()})) > 1:
-        raise ImportError(
-            f"two versions of cuDNN are loaded, from {' and '.join(folders)}: Transformer Engine would mix them. "
-            "Start Python with CUDNN_HOME and LD_LIBRARY_PATH set to the folder of torch's"
-        )
+    if (words := mixed_cudnn()) is not None:
+        raise ImportError(f"Transformer Engine would compute with {words}")
     return made
+
+
+def mixed_cudnn() -> str | None:
+    """Of which versions cuDNN is loaded, and what to do, in words; None where there is one, or none."""
+    folders = sorted({str(file.parent) for file in _cudnn_in_use()})
+    if len(folders) < 2:
+        return None
+    return (
+        f"parts of two versions of cuDNN, from {' and '.join(folders)}, whose gradients may be wrong: start Python with "
+        "CUDNN_HOME and LD_LIBRARY_PATH set to the folder of torch's"
+    )
 
 
 def _load_the_rest_of_cudnn() -> None:
