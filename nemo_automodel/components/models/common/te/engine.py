@@ -78,8 +78,8 @@ def mixed_cudnn() -> str | None:
     if len(folders) < 2:
         return None
     return (
-        f"parts of two versions of cuDNN, from {' and '.join(folders)}, whose gradients may be wrong: start Python with "
-        "CUDNN_HOME and LD_LIBRARY_PATH set to the folder of torch's"
+        f"parts of two versions of cuDNN, from {' and '.join(folders)}, whose gradients may be wrong: start Python "
+        "with CUDNN_HOME and LD_LIBRARY_PATH set to the folder of torch's"
     )
 
 
