@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 
-from nemo_automodel.recipes.bench_variant import OURS, Request, measure
+from nemo_automodel.recipes.bench_variant import Request, measure
 from nemo_automodel.recipes.workloads import WORKLOADS, Workload
 
 OPTIMIZER = ("optim.masters=stochastic", "optim.moments=bfloat16")
 """Of all weights, as for the figures beside other libraries."""
-TE = {"linear": "backend.linear=te", "rms_norm": "backend.rms_norm=te", "rope_fusion": "backend.rope_fusion=true"}
-EVERYTHING = ("backend.attn=te", *TE.values())
+TE = ("backend.attn=te", "backend.rms_norm=te", "backend.rope_fusion=true")
+LINEAR = "backend.linear=te"
+"""Which takes no adapters."""
 WHOLE = [(), ("backend.attn=te",), ("backend.attn=flash4",), ("backend.attn=varlen",)]
 PARTS = [("backend.rms_norm=te",), ("backend.rope_fusion=true",), ("backend.kernels=torch",)]
 PACKED = [(), ("backend.attn=te",), ("backend.attn=flash4",), ("backend.attn=sdpa",)]
 ROWS = {
-    "llama1b_full": [*WHOLE, ("backend.linear=te",), EVERYTHING, *PARTS],
-    "llama8b_lora": [*WHOLE, tuple(word for word in EVERYTHING if "linear" not in word), *PARTS],
+    "llama1b_full": [*WHOLE, (LINEAR,), (*TE, LINEAR), *PARTS],
+    "llama8b_lora": [*WHOLE, TE, *PARTS],
     "llama1b_packed": PACKED,
     "llama8b_packed": PACKED,
 }
@@ -62,14 +63,10 @@ def measured(workload: Workload, words: tuple[str, ...], warmup: int, steps: int
         workload.write_config(Path(folder))
         try:
             result = measure(
-                Request(
-                    variant=OURS,
+                Request.of(
+                    workload,
+                    folder,
                     overrides=words if workload.lora else (*OPTIMIZER, *words),
-                    folder=folder,
-                    lora=workload.lora,
-                    rows=workload.rows,
-                    length=workload.length,
-                    documents=workload.documents,
                     steps=steps,
                     warmup=warmup,
                     profile=False,

@@ -85,13 +85,9 @@ def bench(workload: Workload, options: BenchOptions, say: Callable[[str], None] 
     with tempfile.TemporaryDirectory(prefix="automodel-bench-") as name:
         folder = Path(name)
         workload.write_config(folder)
-        common = Request(
-            variant=OURS,
-            folder=str(folder),
-            lora=workload.lora,
-            rows=workload.rows,
-            length=workload.length,
-            documents=workload.documents,
+        common = Request.of(
+            workload,
+            str(folder),
             steps=options.steps,
             warmup=options.warmup,
             profile=options.profile,

@@ -31,7 +31,7 @@ from nemo_automodel.recipes.flops import matmul_peak
 from nemo_automodel.recipes.served import served
 from nemo_automodel.recipes.step_parts import BACKWARD, OTHER, PARTS, PartTimer, between, kernel_table, now
 from nemo_automodel.recipes.train import LoopConfig, ModelConfig, TrainConfig, train_step
-from nemo_automodel.recipes.workloads import documents_of_step
+from nemo_automodel.recipes.workloads import Workload, documents_of_step
 
 OURS = "ours"
 PEERS = ("hf", "hf_liger", "hf_compile")
@@ -73,6 +73,12 @@ class Request:
     profile: bool
     parts: bool = True
     device: str
+
+    @classmethod
+    def of(cls, workload: Workload, folder: str, **options: Any) -> "Request":
+        """Ours on the workload, whose ``config.json`` is in ``folder``; the ``options`` say how to measure."""
+        shape = {"rows": workload.rows, "length": workload.length, "documents": workload.documents}
+        return cls(**{"variant": OURS, "folder": folder, "lora": workload.lora, **shape, **options})
 
 
 @dataclass(kw_only=True)

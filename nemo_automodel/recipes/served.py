@@ -11,12 +11,12 @@ from torch import nn
 from nemo_automodel.components.kernels import launch
 from nemo_automodel.components.kernels.add_norm import WIDEST
 from nemo_automodel.components.kernels.gated import ACTIVATIONS
+from nemo_automodel.components.models.common import cudnn
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.capabilities import BY_IMPLEMENTATION, HALF, missing
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.decoder import DecoderModel
 from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
-from nemo_automodel.components.models.common.te.engine import mixed_cudnn
 from nemo_automodel.components.models.common.varlen import VARLEN
 from nemo_automodel.components.peft.lora import LoRALinear
 
@@ -148,7 +148,7 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
     half = device.type == "cuda" and dtype in HALF
     name = model.config._attn_implementation
     found = {"attention": f"{name}{', cuDNN first' if name == 'sdpa' and half else ''} ({why})"}
-    if device.type == "cuda" and (words := mixed_cudnn()) is not None:
+    if device.type == "cuda" and (words := cudnn.mixed()) is not None:
         found["warning"] = words
     if options.float8 != "off":
         found["linear layers"] = f"float8 by torchao, {options.float8} (asked for)"

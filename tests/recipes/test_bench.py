@@ -1,7 +1,7 @@
 """`automodel bench`: what a token costs beside torch's own count, parts and kinds, rows that fail, the report."""
 
 import json
-import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,20 +214,21 @@ def test_beside_a_gpu_the_next_process_is_started_ahead_and_none_is_left(
 
 def test_an_interrupted_measurement_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Any] = []
-    start = stand_in("import time; time.sleep(60)")
+    kind, start = subprocess.Popen, stand_in("import time; time.sleep(60)")
     monkeypatch.setattr(bench_module.subprocess, "Popen", lambda *a, **o: begun.append(start(*a, **o)) or begun[-1])
     monkeypatch.setattr(bench_module, "_cores", lambda: 4)
-    old = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))  # as the command line does with SIGTERM
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    try:
+
+    def measured() -> None:
+        """As the command line makes it of SIGTERM, while it waits."""
         with (
-            pytest.raises(SystemExit),
             bench_module._Processes(tmp_path, 3, torch.device("cuda")) as processes,
+            monkeypatch.context() as interrupted,
         ):
+            interrupted.setattr(kind, "communicate", lambda *_: sys.exit(143))
             processes.measure(request_of(tmp_path))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+
+    with pytest.raises(SystemExit):
+        measured()
     assert [process.returncode for process in begun] == [-9, -9]
 
 

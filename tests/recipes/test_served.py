@@ -21,9 +21,9 @@ from transformers import (
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.kernels import launch
+from nemo_automodel.components.models.common import cudnn
 from nemo_automodel.components.models.common.backend import BackendConfig
 from nemo_automodel.components.models.common.capabilities import Package
-from nemo_automodel.components.models.common.te import engine
 from nemo_automodel.components.models.common.te.float8 import TEFloat8
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of
 from nemo_automodel.config import load_config
@@ -118,7 +118,7 @@ def test_what_transformer_engine_serves(gpu: None, monkeypatch: pytest.MonkeyPat
 
 def test_two_versions_of_cudnn_are_a_warning(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever imported Transformer Engine (`import peft` does) may have brought the system's in."""
-    monkeypatch.setattr(engine, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(cudnn, "MAPS", tmp_path / "maps")
     monkeypatch.setattr(served, "_home", lambda model: (torch.device("cuda"), torch.bfloat16))
     line = "7f00-7f01 r-xp 00000000 fe:00 42    {}/libcudnn_graph.so.9\n"
     (tmp_path / "maps").write_text(line.format("/a"))

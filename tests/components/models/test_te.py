@@ -43,6 +43,7 @@ from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.distributed import parallelize_tensors
 from nemo_automodel.components.models.common import (
     BackendConfig,
+    cudnn,
     initialize_linear_module,
     initialize_rms_norm_module,
 )
@@ -423,7 +424,7 @@ def test_extra_states_are_neither_saved_nor_wanted(strict: bool, tmp_path: Path)
 @pytest.fixture
 def mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Tells what is mapped into this process."""
-    monkeypatch.setattr(engine, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(cudnn, "MAPS", tmp_path / "maps")
     monkeypatch.setattr(engine, "package", engine.package.__wrapped__)
 
     def write(*files: Path) -> None:
@@ -441,13 +442,13 @@ def test_all_of_the_cudnn_that_torch_has_is_loaded_first(
         (tmp_path / name).touch()
     mapped(tmp_path / "libcudnn.so.9")
     loaded: list[str] = []
-    monkeypatch.setattr(engine.os, "environ", {})
-    monkeypatch.setattr(engine.ctypes, "CDLL", lambda path, mode: loaded.append(Path(path).name))
-    engine._load_the_rest_of_cudnn()
+    monkeypatch.setattr(cudnn.os, "environ", {})
+    monkeypatch.setattr(cudnn.ctypes, "CDLL", lambda path, mode: loaded.append(Path(path).name))
+    cudnn.load_the_rest()
     assert loaded == names  # each before those that need it
-    assert engine.os.environ["CUDNN_HOME"] == str(tmp_path)
+    assert cudnn.os.environ["CUDNN_HOME"] == str(tmp_path)
     mapped()
-    engine._load_the_rest_of_cudnn()
+    cudnn.load_the_rest()
     assert loaded == names
 
 

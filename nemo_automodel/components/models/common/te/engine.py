@@ -1,19 +1,15 @@
 """A module of Transformer Engine behind one of ours, which has the parameters, the names and the state dict."""
 
-import ctypes
-import os
 import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-MAPS = Path("/proc/self/maps")
-"""Linux: what files are mapped into this process."""
+from nemo_automodel.components.models.common import cudnn
 
 
 class Engine:
@@ -65,39 +61,11 @@ def package(name: str) -> Any:
         ImportError: two are loaded all the same, because somebody imported it before.
     """
     if "transformer_engine" not in sys.modules:
-        _load_the_rest_of_cudnn()
+        cudnn.load_the_rest()
     made = import_module(f"transformer_engine.{name}")
-    if (words := mixed_cudnn()) is not None:
+    if (words := cudnn.mixed()) is not None:
         raise ImportError(f"Transformer Engine would compute with {words}")
     return made
-
-
-def mixed_cudnn() -> str | None:
-    """Of which versions cuDNN is loaded, and what to do, in words; None where there is one, or none."""
-    folders = sorted({str(file.parent) for file in _cudnn_in_use()})
-    if len(folders) < 2:
-        return None
-    return (
-        f"parts of two versions of cuDNN, from {' and '.join(folders)}, whose gradients may be wrong: start Python "
-        "with CUDNN_HOME and LD_LIBRARY_PATH set to the folder of torch's"
-    )
-
-
-def _load_the_rest_of_cudnn() -> None:
-    """All libraries of the cuDNN of which torch has loaded some, since the loader goes by their names alone."""
-    for folder in {file.parent for file in _cudnn_in_use()}:
-        # each after those that it needs, which is the alphabet's order but for these two
-        needed = ("libcudnn_graph", "libcudnn_ops")
-        for library in sorted(sorted(folder.glob("libcudnn*.so.*")), key=lambda file: not file.name.startswith(needed)):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        os.environ.setdefault("CUDNN_HOME", str(folder))  # where Transformer Engine looks first
-
-
-def _cudnn_in_use() -> list[Path]:
-    """The files of cuDNN that are mapped into this process; none where the system does not say."""
-    lines = MAPS.read_text().splitlines() if MAPS.exists() else []
-    names = {line.split(maxsplit=5)[5] for line in lines if "/libcudnn" in line}
-    return [Path(os.path.realpath(name)) for name in names if Path(name).name.startswith(("libcudnn.so", "libcudnn_"))]
 
 
 def refuse_off_gpu(x: Tensor | None = None) -> None:
