@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +48,24 @@ def main() -> int:
         if unlike := [name for name in ("machine", "ranks", "tiny", "steps") if before[name] != report[name]]:
             sys.exit(f"{file} is of another {', '.join(unlike)}; give another --out")
         report["rows"] = before["rows"]
-    for row in rows_of(args.ranks, args.tiny, args.only):
-        measured = "error" not in report["rows"].get(row.key, {"error": ""})
-        if not re.search(args.match, row.key) or (measured and not args.again):
-            continue
-        if args.stop_after and time.monotonic() - started > args.stop_after:
-            print("stopped; the same command goes on from here")
-            break
-        print(row.key, end=" ... ", flush=True)
-        begun = time.monotonic()
-        result = {"skipped": row.skipped} if row.skipped else measure(row, args)
-        report["rows"][row.key] = {**asdict(row), **result, "wall_s": time.monotonic() - begun}
-        print(result.get("error") or result.get("skipped") or f"{time.monotonic() - begun:.0f} s", flush=True)
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        (args.out / "results.md").write_text(markdown(report))
+
+    def measured(row: Row) -> bool:
+        return "error" not in report["rows"].get(row.key, {"error": ""})
+
+    rows = rows_of(args.ranks, args.tiny, args.only)
+    rows = [row for row in rows if re.search(args.match, row.key) and (args.again or not measured(row))]
+    with Started(args) as started_ranks:
+        for row, following in zip_longest(rows, rows[1:]):
+            if args.stop_after and time.monotonic() - started > args.stop_after:
+                print("stopped; the same command goes on from here")
+                break
+            print(row.key, end=" ... ", flush=True)
+            begun = time.monotonic()
+            result = {"skipped": row.skipped} if row.skipped else started_ranks.measure(row, following)
+            report["rows"][row.key] = {**asdict(row), **result, "wall_s": time.monotonic() - begun}
+            print(result.get("error") or result.get("skipped") or f"{time.monotonic() - begun:.0f} s", flush=True)
+            file.write_text(json.dumps(report, indent=1) + "\n")
+            (args.out / "results.md").write_text(markdown(report))
     print(markdown(report))
     found = problems(report)
     print("\n".join(found))
@@ -108,13 +114,26 @@ def machine(tiny: bool) -> str:
     return f"{where}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """The row's result, or its ``error``."""
-    if row.model:
-        made = make(row.model, args)
-        if "error" in made:
+class Started(AbstractContextManager["Started"]):
+    """The ranks of each row, and those of the next one ahead, which import while these work. Nobody outlives it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self._ahead: dict[str, Ranks] = {}
+
+    def __exit__(self, *exc: object) -> None:
+        for ranks in self._ahead.values():
+            ranks.stop()
+
+    def measure(self, row: Row, following: Row | None) -> dict[str, Any]:
+        """The row's result, or its ``error``."""
+        if row.model and "error" in (made := make(row.model, self._args)):
             return {"error": f"no model: {made['error']}"}
-    return start(row, args)
+        ranks = self._ahead.pop(row.key, None) or Ranks(row, self._args)
+        # on CPUs their imports would be measured
+        if following is not None and not following.skipped and not self._args.tiny:
+            self._ahead[following.key] = Ranks(following, self._args)
+        return ranks.measure()
 
 
 def make(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -125,8 +144,7 @@ def make(name: str, args: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(shape)))
     write_texts(folder, 48 if args.tiny else LONGEST.get(name, 48))
-    row = Row(section="make", name=name, ranks=1, does="make", model=name)
-    result = start(row, args)
+    result = Ranks(Row(section="make", name=name, ranks=1, does="make", model=name), args).measure()
     if "error" not in result:
         (folder / "complete").touch()
     return result
@@ -147,34 +165,73 @@ def write_texts(folder: Path, longest: int) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def start(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the row's ranks, each a process; all of them have ended when this returns."""
-    logs = args.out / "logs" / "".join(c if c.isalnum() or c in "=.-" else "_" for c in row.key)
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
-    shutil.rmtree(args.scratch / "run", ignore_errors=True)
-    shape = SHAPES[args.tiny].get(row.model, {})
-    request = {"steps": args.steps, **row.values, "does": row.does, "words": row.words, "scratch": str(args.scratch)}
-    request |= {"device": "cpu" if args.tiny else "cuda", "folder": str(args.scratch / row.model)}
-    (logs / "request.json").write_text(json.dumps(request | {"vocabulary": shape.get("vocab_size")}))
-    script = "multi_gpu_kill.py" if row.does == "kill" else "multi_gpu_ranks.py"
-    command = [sys.executable, str(HERE / script), str(logs / "request.json"), str(logs / "result.json")]
-    port, processes = free_port(), []
-    for rank in range(row.ranks):
-        with (logs / f"{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    command, env=environment(row, rank, port), stdout=log, stderr=log, start_new_session=True
-                )
+class Ranks:
+    """A row's ranks, each a process that imports what it needs and waits for its request."""
+
+    def __init__(self, row: Row, args: argparse.Namespace):
+        self._row, self._args = row, args
+        self._logs = args.out / "logs" / "".join(c if c.isalnum() or c in "=.-" else "_" for c in row.key)
+        shutil.rmtree(self._logs, ignore_errors=True)
+        self._logs.mkdir(parents=True)
+        script = "multi_gpu_kill.py" if row.does == "kill" else "multi_gpu_ranks.py"
+        port = free_port()
+        self._processes = [self._start(script, rank, port) for rank in range(row.ranks)]
+
+    def _start(self, script: str, rank: int, port: int) -> "subprocess.Popen[str]":
+        with (self._logs / f"{rank}.log").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, str(HERE / script), str(self._logs / "result.json")],
+                env=environment(self._row, rank, port),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             )
-    error = wait(processes, args.limit * row.patience)
-    shutil.rmtree(args.scratch / "run", ignore_errors=True)
-    if error is not None:
-        rank, what = error
-        said = [line for line in (logs / f"{rank}.log").read_text().splitlines() if line.strip()]
-        return {"error": f"rank {rank} {what}: {said[-1][:300] if said else ''}"}
-    result: dict[str, Any] = json.loads((logs / "result.json").read_text())
-    return result
+
+    def measure(self) -> dict[str, Any]:
+        """What they found, or the ``error``; all of them have ended when this returns."""
+        row, args = self._row, self._args
+        shutil.rmtree(args.scratch / "run", ignore_errors=True)
+        shape = SHAPES[args.tiny].get(row.model, {})
+        request = {"steps": args.steps, **row.values, "does": row.does, "words": row.words}
+        request |= {"device": "cpu" if args.tiny else "cuda", "folder": str(args.scratch / row.model)}
+        request |= {"scratch": str(args.scratch), "vocabulary": shape.get("vocab_size")}
+        for process in self._processes:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError), process.stdin:  # it has ended: `_wait` says how
+                process.stdin.write(json.dumps(request))
+        error = self._wait(args.limit * row.patience)
+        shutil.rmtree(args.scratch / "run", ignore_errors=True)
+        if error is not None:
+            rank, what = error
+            said = [line for line in (self._logs / f"{rank}.log").read_text().splitlines() if line.strip()]
+            return {"error": f"rank {rank} {what}: {said[-1][:300] if said else ''}"}
+        result: dict[str, Any] = json.loads((self._logs / "result.json").read_text())
+        return result
+
+    def _wait(self, limit: float) -> tuple[int, str] | None:
+        """Until all are done: None, or the rank that failed first, and how."""
+        deadline, first = time.monotonic() + limit, None
+        try:
+            while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+                failed = [(rank, p.returncode) for rank, p in enumerate(self._processes) if p.returncode]
+                if failed and first is None:
+                    first = failed[0][0], f"ended with {failed[0][1]}"
+                    deadline = min(deadline, time.monotonic() + GRACE)
+                time.sleep(0.1)
+        finally:
+            alive = self.stop()
+        ended = [(rank, f"ended with {p.returncode}") for rank, p in enumerate(self._processes) if p.returncode]
+        return first or ((alive[0], f"was not done after {limit:.0f} s") if alive else next(iter(ended), None))
+
+    def stop(self) -> list[int]:
+        """End those that have not ended, whose numbers it returns."""
+        alive = [rank for rank, process in enumerate(self._processes) if process.poll() is None]
+        for process in (self._processes[rank] for rank in alive):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return alive
 
 
 def environment(row: Row, rank: int, port: int) -> dict[str, str]:
@@ -186,26 +243,6 @@ def environment(row: Row, rank: int, port: int) -> dict[str, str]:
         own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return own
-
-
-def wait(processes: list[subprocess.Popen[bytes]], limit: float) -> tuple[int, str] | None:
-    """Until all are done: None, or the rank that failed first, and how. Nobody outlives this."""
-    deadline, first = time.monotonic() + limit, None
-    try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            failed = [(rank, p.returncode) for rank, p in enumerate(processes) if p.returncode]
-            if failed and first is None:
-                first = failed[0][0], f"ended with {failed[0][1]}"
-                deadline = min(deadline, time.monotonic() + GRACE)
-            time.sleep(0.1)
-    finally:
-        alive = [rank for rank, process in enumerate(processes) if process.poll() is None]
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    ended = [(rank, f"ended with {p.returncode}") for rank, p in enumerate(processes) if p.returncode]
-    return first or ((alive[0], f"was not done after {limit:.0f} s") if alive else next(iter(ended), None))
 
 
 def free_port() -> int:

@@ -1,6 +1,6 @@
 """A training that loses a rank: when that is noticed, when it is past the same step again, and whether it ends alike.
 
-python multi_gpu_kill.py REQUEST.json RESULT.json
+python multi_gpu_kill.py RESULT.json < REQUEST.json
 """
 
 import json
@@ -122,13 +122,13 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(sys.stdin.read())
     whole, again = (Path(request["scratch"], "run", name) for name in ("whole", "again"))
     for folder in (whole, again):  # twice: kernels need not add in the same order each time
         done(start(request, folder), folder)
     result = {"usual": compare(again, whole)}
     result["kills"] = {str(rank): kill(request, rank, whole) for rank in request["killed"]}
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    Path(sys.argv[1]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

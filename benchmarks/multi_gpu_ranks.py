@@ -1,8 +1,8 @@
 """What a rank of `multi_gpu.py` does: a training's parts, timed, by the functions that `automodel train` calls.
 
-    python multi_gpu_ranks.py REQUEST.json RESULT.json
+    python multi_gpu_ranks.py RESULT.json < REQUEST.json
 
-Every rank runs it; the leading one writes the result.
+Every rank runs it, and may be started long before its request is there; the leading one writes the result.
 """
 
 import gc
@@ -22,10 +22,12 @@ import torch.distributed as dist
 from load_time import resident
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.models.llama import modeling_llama  # noqa: F401  # imports are not part of loading
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint import SafetensorsReader
 from nemo_automodel.components.distributed import Mesh, join_ranks
+from nemo_automodel.components.models.llama import model as _ours  # noqa: F401  # likewise
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes.building import build_optimizer, build_parts, build_pipeline
@@ -189,7 +191,6 @@ def load(request: dict[str, Any]) -> dict[str, float]:
 def load_transformers(request: dict[str, Any]) -> dict[str, float]:
     """By transformers' own tensor parallelism, until every parameter has been changed in place once."""
     from transformers import AutoModelForCausalLM
-    from transformers.models.llama import modeling_llama  # noqa: F401  # imports are not part of loading
 
     device = join_ranks(torch.device(request["device"]))
     finish(device)
@@ -327,12 +328,12 @@ def group_closed() -> Any:
 
 
 def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(sys.stdin.read())  # nothing, where nobody wants it any more
     work = (accelerate, bubble, equality, load, load_transformers, make, save, speed)
     with group_closed():
         result = {function.__name__: function for function in work}[request["does"]](request)
         if Together().leads:
-            Path(sys.argv[2]).write_text(json.dumps(result))
+            Path(sys.argv[1]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
