@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,12 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    count: int, function: Callable[..., Any], *args: Any, timeout: float, preload: Sequence[str] = ()
+    count: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float,
+    preload: Sequence[str] = (),
+    method: Literal["forkserver", "spawn"] = "forkserver",
 ) -> list[Any]:
     """``[function(*args) on rank 0, on rank 1, ...]``, each with a gloo group over all ``count`` of them.
 
@@ -35,11 +40,14 @@ def run_ranks(
         *args: pickled, as are the results.
         timeout: seconds until all must be done.
         preload: modules that the server imports, should it not have started yet; default: the function's.
+        method: how ranks start; ``spawn`` where they use GPUs, which CUDA forbids to the forked ones of a server whose
+            imports have asked it for one. They make the imports themselves then.
 
     Raises:
         RankError: one was not; no rank is running any more then.
     """
-    server, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + timeout
+    server: Any = multiprocessing.get_context(method)
+    deadline = time.monotonic() + timeout
     server.set_forkserver_preload(list(preload) or [function.__module__])
     with tempfile.TemporaryDirectory(prefix="automodel-ranks-") as folder:
         pipes = [server.Pipe(duplex=False) for _ in range(count)]

@@ -2,10 +2,11 @@
 
 import multiprocessing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from nemo_automodel.verify import ranks
 
+Method = Literal["forkserver", "spawn"]
 SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch.distributed.checkpoint",
@@ -21,13 +22,15 @@ PRELOAD = [
 SERVER.set_forkserver_preload(PRELOAD)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, method: Method = "forkserver"
+) -> list[Any]:
     """``[function(*args) on rank 0, on rank 1, ...]``; see `ranks.run_ranks`.
 
     Raises:
         AssertionError: a rank raised (the message has its traceback), died, or took longer than ``timeout`` seconds.
     """
     try:
-        return ranks.run_ranks(world_size, function, *args, timeout=timeout, preload=PRELOAD)
+        return ranks.run_ranks(world_size, function, *args, timeout=timeout, preload=PRELOAD, method=method)
     except ranks.RankError as error:
         raise AssertionError("\n".join([str(error), *getattr(error, "__notes__", [])])) from error

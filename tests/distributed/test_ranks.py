@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import Method, run_ranks
 
 
 def _sum_of_ranks(offset: int) -> tuple[int, int]:
@@ -18,8 +18,9 @@ def _fail_on_rank_1() -> None:
         raise ValueError("a rank's own message")
 
 
-def test_results_come_in_rank_order() -> None:
-    assert run_ranks(3, _sum_of_ranks, 10) == [(0, 33), (1, 33), (2, 33)]
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_results_come_in_rank_order(method: Method) -> None:
+    assert run_ranks(3, _sum_of_ranks, 10, method=method) == [(0, 33), (1, 33), (2, 33)]
 
 
 def test_a_failing_rank_is_reported_with_its_traceback() -> None:

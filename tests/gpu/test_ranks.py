@@ -44,7 +44,7 @@ def _train(folder: Path, mesh: dict[str, Any], **options: Any) -> None:
     record(words_of({**chosen, "output_dir": folder / "one"}), folder / "one-tensors")
     on_mesh = {f"mesh.{name}": value for name, value in mesh.items()}
     words = words_of({**chosen, **on_mesh, "output_dir": folder / "several"})
-    run_ranks(2, _through_nccl, folder, record, words, folder / "tensors", timeout=300)
+    run_ranks(2, _through_nccl, folder, record, words, folder / "tensors", timeout=300, method="spawn")
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, *PIPELINES], ids=str)
@@ -93,4 +93,4 @@ def _ring_beside_sdpa() -> None:
 
 
 def test_attention_in_a_ring_rounds_as_sdpa_does(tmp_path: Path) -> None:
-    run_ranks(2, _through_nccl, tmp_path, _ring_beside_sdpa, timeout=300)
+    run_ranks(2, _through_nccl, tmp_path, _ring_beside_sdpa, timeout=300, method="spawn")

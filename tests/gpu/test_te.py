@@ -31,9 +31,10 @@ from transformers import (
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.distributed import parallelize_tensors
 from nemo_automodel.components.distributed.fsdp import fully_shard_layers
-from nemo_automodel.components.models.common.capabilities import ATTENTIONS
+from nemo_automodel.components.models.common.capabilities import ATTENTIONS, absent
 from nemo_automodel.components.models.common.norm import LayerNorm, NormSpec, RMSNorm
 from nemo_automodel.components.models.common.rope import RopeSpec, RotaryEmbedding, apply_rotary_pos_emb
+from nemo_automodel.components.models.common.te.engine import package
 from nemo_automodel.components.models.common.te.float8 import TEFloat8
 from nemo_automodel.components.models.common.te.modules import TELinear, float8_state, te_norm
 from nemo_automodel.components.models.common.te.rope import turn
@@ -47,11 +48,9 @@ from tests.gpu import test_varlen
 from tests.gpu.test_varlen import POSITIONS, WINDOW, error, heads, rowwise
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
 
-pytest.importorskip(
-    "transformer_engine.pytorch",
-    reason="needs Transformer Engine: pip install --no-build-isolation 'transformer_engine[pytorch]'",
-    exc_type=ImportError,
-)
+if (why := absent(ATTENTIONS["te"])) is not None:
+    pytest.skip(f"te {why}", allow_module_level=True)
+package("pytorch")  # by itself it would load the system's cuDNN beside torch's
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 BF16 = torch.bfloat16
@@ -452,14 +451,13 @@ def test_exported_and_loaded_without_extra_states(tmp_path: Path) -> None:
 
 def test_modules_of_the_package_itself_neither_leak_nor_block(tmp_path: Path) -> None:
     """In a model written by hand, of whatever is in the package."""
-    from transformer_engine import pytorch as te
-
+    te = package("pytorch")
     _, ours = large(LlamaForCausalLM)
     _, plain = large(LlamaForCausalLM)
     layer = ours.model.layers[0]
-    package = te.Linear(768, 512, bias=False, params_dtype=BF16, device="cuda")
-    package.load_state_dict(layer.mlp.down_proj.state_dict(), strict=False)
-    layer.mlp.down_proj = package
+    linear = te.Linear(768, 512, bias=False, params_dtype=BF16, device="cuda")
+    linear.load_state_dict(layer.mlp.down_proj.state_dict(), strict=False)
+    layer.mlp.down_proj = linear
     assert list(ours.state_dict()) == list(plain.state_dict())
     ours.load_state_dict(plain.state_dict())
     ours.save_pretrained(tmp_path)

@@ -229,6 +229,14 @@ def test_models_that_it_cannot_serve_are_refused_when_built(config: Any, message
         NeMoAutoModelForCausalLM.from_config(config, backend={"attn": "varlen"})
 
 
+def test_a_head_dim_that_it_does_not_take_is_refused_where_nobody_built_for_it(anywhere: list[Any]) -> None:
+    for model in twins(LlamaForCausalLM, tiny(LlamaConfig, "eager", head_dim=12)):
+        model.set_attn_implementation("varlen")
+        with pytest.raises(ValueError, match="'varlen' has no head_dim of 12, only multiples of 8"):
+            model(IDS, use_cache=False)
+    assert anywhere == []
+
+
 def test_transformers_own_class_takes_it_too(anywhere: list[Any]) -> None:
     eager = models("two query heads a key head")[0]
     own = copy.deepcopy(eager)

@@ -368,7 +368,8 @@ def missing(capability: Capability, need: Need) -> Gap | None:
     """The first thing that is needed and not there; None where nothing is missing."""
     if need.device is not None and (gap := _gap_on(capability, need.device, need)) is not None:
         return gap
-    head_dims = [on.head_dims for kind, on in capability.on.items() if need.device is None or kind == need.device.type]
+    runs = capability.on.values() if need.device is None else filter(None, [capability.on_device(need.device)])
+    head_dims = [on.head_dims for on in runs]
     if need.head_dim is not None and head_dims and all(_outside(need.head_dim, taken) for taken in head_dims):
         return Gap(f"head_dim of {need.head_dim}, only {head_dims_in_words(head_dims[0])}")
     for name, feature in FEATURES.items():

@@ -137,7 +137,7 @@ def documents_seen(
     """
     own = BY_IMPLEMENTATION[name]
     cache, later = key.shape[2] != query.shape[2], not getattr(module, "is_causal", True)
-    refuse(own, Need.of(query, cache=cache, later=later, **need))
+    refuse(own, Need.of(query, head_dim=query.shape[-1], cache=cache, later=later, **need))
     if isinstance(attention_mask, Documents):
         return attention_mask
     refuse(own, Need(**_asked_of_mask(own, attention_mask)))
