@@ -2,6 +2,7 @@
 
     python benchmarks/backends.py --json backends.json         # on a GPU, with Transformer Engine and FlashAttention
     python benchmarks/backends.py --workload llama1b_packed    # one of them
+    python benchmarks/backends.py --match "default|flash4"     # some of the backends
 
 All rows are measured one after the other in one process. A backend that is not installed is a line that says so.
 """
@@ -9,6 +10,7 @@ All rows are measured one after the other in one process. A backend that is not 
 import argparse
 import gc
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ FLEX = ("backend.attn=flex",)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", action="append", choices=list(ROWS), help="default: all")
+    parser.add_argument("--match", default="", help="only backends with this pattern in their words")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows, after each")
@@ -50,6 +53,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for workload, words in plan:
         row = {"workload": workload.name, "backend": " ".join(words) or "the default"}
+        if not re.search(options.match, row["backend"]):
+            continue
         row |= measured(workload, words, options.warmup, options.steps)
         rows.append(row)
         figures = row.get("error") or f"{row['tokens_per_second']:,.0f} tokens/s, {row['peak_gib']:.1f} GiB"

@@ -238,7 +238,8 @@ def environment(row: Row, rank: int, port: int) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     own["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [own.get("PYTHONPATH")])])
     own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // row.ranks)))
-    own.setdefault("NCCL_NVLS_ENABLE", "0")  # lent machines may not have NVLink's multicast; said in the results
+    # lent machines may not have NVLink's multicast; said in the results
+    own = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"} | own
     if row.ranks > 1:
         own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
