@@ -13,11 +13,10 @@ from nemo_automodel.components.float8_training import check_float8, to_float8
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.capabilities import ATTENTIONS, BY_IMPLEMENTATION, Need, refuse
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
-from nemo_automodel.components.models.common.varlen import VARLEN
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.recipes.meshes import stages_of_rank
-from nemo_automodel.recipes.served import why_not_varlen
+from nemo_automodel.recipes.served import attention_for_packing
 from nemo_automodel.recipes.step import compute_stage
 
 if TYPE_CHECKING:
@@ -79,8 +78,8 @@ def build_model(
     """The model to train, in training mode, with adapters at their start; on several ranks, this rank's shards of it.
 
     Where ``resumed`` will bring all weights, none are read here; nor on the device ``meta``, where there are none. With
-    ``packing``, attention that is ``auto`` is varlen where that can serve the model. Of several pipeline ``stages`` it
-    is the one numbered ``stage``.
+    ``packing``, attention that is ``auto`` takes the documents' bounds where one can serve the model. Of several
+    pipeline ``stages`` it is the one numbered ``stage``.
 
     Raises:
         ValueError: the attention that is asked for does not run here, or not with such data and ranks.
@@ -140,8 +139,9 @@ def build_model(
         quantize_base(model)
     elif not several and config.lora is not None and options.backend.kernels == "auto":
         join_adapters(model)
-    if why_not_varlen(model, options, packing) is None:
-        model.set_attn_implementation(VARLEN)
+    chosen, _ = attention_for_packing(model, options, packing)
+    if chosen is not None:
+        model.set_attn_implementation(chosen)
     return model.train()
 
 

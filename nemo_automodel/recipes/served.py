@@ -13,11 +13,19 @@ from nemo_automodel.components.kernels.add_norm import WIDEST
 from nemo_automodel.components.kernels.gated import ACTIVATIONS
 from nemo_automodel.components.models.common import cudnn
 from nemo_automodel.components.models.common.attention import DecoderAttention
-from nemo_automodel.components.models.common.capabilities import BY_IMPLEMENTATION, HALF, missing
+from nemo_automodel.components.models.common.capabilities import (
+    BY_IMPLEMENTATION,
+    HALF,
+    Need,
+    absent,
+    compute_of,
+    missing,
+)
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.decoder import DecoderModel
 from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
-from nemo_automodel.components.models.common.varlen import VARLEN
+from nemo_automodel.components.models.common.te.engine import why_not_loaded
+from nemo_automodel.components.models.common.varlen import TE, VARLEN
 from nemo_automodel.components.peft.lora import LoRALinear
 
 if TYPE_CHECKING:
@@ -27,6 +35,8 @@ if TYPE_CHECKING:
 
 KERNELS = "Triton kernels"
 TRANSFORMER_ENGINE = "Transformer Engine"
+MEASURED = (9, 0)
+"""Compute capability of the GPUs on which attentions were measured beside each other (benchmarks/RESULTS.md)."""
 
 Test = Callable[[Any], Any]
 
@@ -118,8 +128,8 @@ def _home(model: "PreTrainedModel") -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-def why_not_varlen(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> str | None:
-    """Why the documents' bounds do not serve instead of a mask, in words; None where ``auto`` takes them."""
+def attention_for_packing(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> tuple[str | None, str]:
+    """What ``auto`` takes for packed documents, by transformers' name, and why; None: what the model has stays."""
     backbone: Any = model.base_model
     asked = options.attn_implementation is not None or options.backend.attn != "auto"
     reasons = {
@@ -128,11 +138,30 @@ def why_not_varlen(model: "PreTrainedModel", options: "ModelConfig", packing: bo
         OWN_CLASS: not isinstance(backbone, DecoderModel),
     }
     if (reason := next((words for words, holds in reasons.items() if holds), None)) is not None:
-        return reason
+        return None, reason
     device, dtype = _home(model)
     layer = next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
-    gap = missing(BY_IMPLEMENTATION[VARLEN], replace(layer.need(), device=device, dtype=dtype, backward=True))
-    return None if gap is None else f"varlen has no {gap.what}"
+    need = replace(layer.need(), device=device, dtype=dtype, backward=True)
+    if (why_not_te := _why_not_te(need, options, backbone)) is None:
+        return TE, "packed documents without a mask, the fastest"
+    if (gap := missing(BY_IMPLEMENTATION[VARLEN], need)) is not None:
+        return None, f"varlen has no {gap.what}"
+    return VARLEN, f"packed documents without a mask; te is faster, but {why_not_te}"
+
+
+def _why_not_te(need: Need, options: "ModelConfig", backbone: "DecoderModel") -> str | None:
+    """Why ``auto`` leaves Transformer Engine's attention alone, which was 3 to 5% faster than varlen on an H200."""
+    te = BY_IMPLEMENTATION[TE]
+    if (gap := missing(te, need)) is not None:
+        return f"has no {gap.what}"
+    if (reason := absent(te)) is not None:
+        return reason
+    reasons = {
+        "was not measured on this GPU": need.device is not None and compute_of(need.device) < MEASURED,
+        "cuts compiled layers in two": options.compile,
+        "was not tried where ranks share sequences": backbone.context is not None,
+    }
+    return next((words for words, holds in reasons.items() if holds), None) or why_not_loaded()
 
 
 def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:
@@ -143,7 +172,7 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
         options: what it was built from.
         packing: whether rows hold several documents.
     """
-    why = why_not_varlen(model, options, packing) or "packed documents without a mask"
+    _, why = attention_for_packing(model, options, packing)
     device, dtype = _home(model)
     half = device.type == "cuda" and dtype in HALF
     name = model.config._attn_implementation

@@ -326,9 +326,10 @@ def test_fifty_steps_follow_the_reference(backend: dict[str, Any], overrides: Ca
     reference = losses_of(overrides, "reference", {"attn": "sdpa", "kernels": "torch"})
     losses = losses_of(overrides, "ours", backend)
     assert reference[-1] < 0.8 * reference[0]
-    # bf16 rounds otherwise in each, which fifty steps add up; float8 keeps three bits of every operand
-    allowed = 0.1 if any(name.startswith("te_fp8") for name in backend) else 0.04
-    assert losses == pytest.approx(reference, rel=allowed)
+    # bf16 rounds otherwise in each, which fifty steps add up; float8 keeps three bits of every operand, and where the
+    # loss has come to a tenth some single step is further away
+    apart = (torch.tensor(losses) / torch.tensor(reference) - 1).square().mean().sqrt()
+    assert 0 < apart < (0.08 if any(name.startswith("te_fp8") for name in backend) else 0.03)
 
 
 @pytest.mark.parametrize("how", [True, "selective"])

@@ -28,7 +28,7 @@ from nemo_automodel.components.models.common.te.float8 import TEFloat8
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import building, served
-from nemo_automodel.recipes.served import KERNELS, in_one_line, why_not_varlen
+from nemo_automodel.recipes.served import KERNELS, attention_for_packing, in_one_line
 from nemo_automodel.recipes.train import ModelConfig, Run, TrainConfig
 from tests.components.models.test_varlen import runs_anywhere, varlen_reference
 from tests.conftest import tiny
@@ -136,7 +136,6 @@ def test_transformers_own_class_has_one_line() -> None:
 @pytest.mark.parametrize(
     ("config_class", "options", "packing", "reason"),
     [
-        (LlamaConfig, AUTO, True, None),
         (LlamaConfig, AUTO, False, "rows are not packed"),
         (LlamaConfig, ModelConfig(path="x", attn_implementation="sdpa"), True, "asked for"),
         (LlamaConfig, ModelConfig(path="x", backend=BackendConfig(attn="sdpa")), True, "asked for"),
@@ -145,9 +144,38 @@ def test_transformers_own_class_has_one_line() -> None:
     ],
 )
 def test_which_attention_auto_takes(
-    gpu: None, config_class: Any, options: ModelConfig, packing: bool, reason: str | None
+    gpu: None, config_class: Any, options: ModelConfig, packing: bool, reason: str
 ) -> None:
-    assert why_not_varlen(model_of(config_class), options, packing) == reason
+    assert attention_for_packing(model_of(config_class), options, packing) == (None, reason)
+
+
+INSTALL = "needs Transformer Engine, which is not installed: pip install --no-build-isolation 'transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("there", ("te", "packed documents without a mask, the fastest")),
+        ("not installed", ("varlen", f"packed documents without a mask; te is faster, but {INSTALL}[pytorch]'")),
+        ("broken", ("varlen", "packed documents without a mask; te is faster, but does not load: libcudnn.so")),
+        ("older", ("varlen", "packed documents without a mask; te is faster, but was not measured on this GPU")),
+        ("compiled", ("varlen", "packed documents without a mask; te is faster, but cuts compiled layers in two")),
+        ("float64", ("varlen", "packed documents without a mask; te is faster, but has no kernel for float64 on cpu")),
+    ],
+)
+def test_packed_documents_are_for_the_fastest_that_runs(
+    gpu: None, case: str, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case != "float64":
+        runs_anywhere(monkeypatch, "te")
+    monkeypatch.setattr(Package, "installed", lambda self: case != "not installed")
+    monkeypatch.setattr(served, "why_not_loaded", lambda: "does not load: libcudnn.so" if case == "broken" else None)
+    monkeypatch.setattr(served, "compute_of", lambda device: (8, 0) if case == "older" else (9, 0))
+    options = ModelConfig(path="x", compile=case == "compiled")
+    model = model_of(LlamaConfig).double() if case == "float64" else model_of(LlamaConfig)
+    name, why = attention_for_packing(model, options, True)
+    assert (name, why.partition(", only for")[0]) == expected
+    assert served.served(model, options, True)["attention"] == f"sdpa ({why})"
 
 
 def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
@@ -161,7 +189,8 @@ def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
     for name, options in {"auto": {}, "sdpa": {"model__backend__attn": "sdpa"}}.items():
         said: list[str] = []
         run = Run(load_config(TrainConfig, None, overrides(name, **packing, **options)), said.append)
-        chosen = "varlen (packed documents without a mask)" if name == "auto" else "sdpa (asked for)"
+        slower = "te is faster, but has no kernel for float32 on cpu, only for bfloat16 and float16 on cuda"
+        chosen = f"varlen (packed documents without a mask; {slower})" if name == "auto" else "sdpa (asked for)"
         assert said[-1] == f"attention: {chosen}; norms, gated MLP, RoPE, loss: torch (no GPU)"
         if name == "auto":
             seen = given_to(run.model.model)

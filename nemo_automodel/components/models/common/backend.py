@@ -37,8 +37,8 @@ class BackendConfig:
             ``"varlen"`` (torch's, for packed documents, without a mask: CUDA, half precision, no cache), ``"flash2"``,
             ``"flash3"``, ``"flash4"`` (FlashAttention's packages), ``"te"`` (Transformer Engine) or ``"eager"``.
             ``"auto"`` is ``"sdpa"`` until who builds the model knows its data: `automodel train`, which has it for a
-            default, takes varlen for packed documents where that runs. An ``attn_implementation`` given to
-            ``from_pretrained`` decides before this field does.
+            default, takes for packed documents the fastest that runs, Transformer Engine's or varlen. An
+            ``attn_implementation`` given to ``from_pretrained`` decides before this field does.
         linear: what `initialize_linear_module` builds, ``"torch"`` or ``"te"``.
         rms_norm: what `initialize_rms_norm_module` builds: ``"torch"`` (statistics in fp32, one cast at the end),
             ``"torch_fp32"`` (the weight, too, is multiplied in fp32) or ``"te"``.
@@ -52,7 +52,8 @@ class BackendConfig:
     """
 
     attn: Literal["sdpa", "flex", "varlen", "flash2", "flash3", "flash4", "te", "eager", "auto"] = field(
-        default="sdpa", metadata={"help": "attention; auto: varlen for packed documents on CUDA in bfloat16, else sdpa"}
+        default="sdpa",
+        metadata={"help": "attention; auto: for packed documents on CUDA in bfloat16 te or varlen, else sdpa"},
     )
     linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
     rms_norm: Literal["torch", "torch_fp32", "te"] = field(default="torch", metadata={"help": "RMSNorm"})
