@@ -115,7 +115,8 @@ class LoRALinear(nn.Linear):
                 "a weight in float8 takes inputs and adapters in one dtype, outside autocast and torch.compile; got "
                 f"{x.dtype}, adapters {next(iter(self.lora_A.values())).dtype}"
             )
-        a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B))
+        # items: Dynamo takes a ParameterDict for a list of pairs, and leaves the graph
+        a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B.items()))
         dropped = self.dropout(x)
         if not self.dora:
             base = F.linear(x, self.weight, self.bias)
@@ -124,7 +125,7 @@ class LoRALinear(nn.Linear):
         # peft: magnitudes act on what the adapters' dropout lets through, the base product stays whole
         seen = base if dropped is x else F.linear(dropped, self.weight)
         update = F.linear(F.linear(dropped.to(a.dtype), a), b)
-        factor = self._factor(self.weight, a, b, dict(self.lora_magnitude))
+        factor = self._factor(self.weight, a, b, dict(self.lora_magnitude.items()))
         out = (seen + update) * factor if dropped is x else base + (factor - 1) * seen + factor * update
         return (out if self.bias is None else out + self.bias).to(base.dtype)
 
