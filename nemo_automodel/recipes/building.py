@@ -1,6 +1,7 @@
 """From a training's configuration to its model: on this device, with its adapters, sharded over the ranks."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from nemo_automodel._transformers.auto_model import NeMoAutoModelForCausalLM
 from nemo_automodel.components.checkpoint.training_state import TrainingCheckpoint
 from nemo_automodel.components.distributed import ALONE, Mesh, Options, Pipeline, parallelize
+from nemo_automodel.components.distributed.stages import ZERO_BUBBLE
 from nemo_automodel.components.float8_training import check_float8, to_float8
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.capabilities import ATTENTIONS, BY_IMPLEMENTATION, Need, refuse
@@ -22,6 +24,7 @@ from nemo_automodel.recipes.step import compute_stage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nemo_automodel.components.models.common.backend import BackendConfig
     from nemo_automodel.recipes.train import TrainConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -120,7 +123,7 @@ def build_model(
     common: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": options.attn_implementation,
-        "backend": options.backend,
+        "backend": _backend_of(config, mesh),
         "trust_remote_code": options.trust_remote_code,
     }
     if (resumed and config.lora is None) or options.from_scratch or device.type == "meta":
@@ -143,6 +146,16 @@ def build_model(
     if chosen is not None:
         model.set_attn_implementation(chosen)
     return model.train()
+
+
+def _backend_of(config: "TrainConfig", mesh: Mesh) -> "BackendConfig":
+    """As asked for, without kernels where the schedule takes backward passes apart.
+
+    torch lets a weight's part begin at the first output of what uses the weight, and a norm by the kernel has two; nor
+    does a kernel compute the one part without the other.
+    """
+    apart = mesh.pp > 1 and config.mesh.pp_schedule in ZERO_BUBBLE
+    return replace(config.model.backend, kernels="torch") if apart else config.model.backend
 
 
 def build_optimizer(model: nn.Module | Pipeline, optim: OptimConfig, seed: int, mesh: Mesh = ALONE) -> MasterAdamW:

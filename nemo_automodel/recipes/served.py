@@ -101,13 +101,14 @@ PARTS = {
 
 OWN_CLASS = "transformers' own class"
 
-WITHOUT_KERNELS: dict[str, Test] = {
-    "torch (asked for)": lambda model: model.backend.kernels != "auto",
-    "torch (no GPU)": lambda model: _home(model)[0].type != "cuda" and not launch.INTERPRETED,
-    "torch: Triton is not installed": lambda model: launch.triton is None,
-    "torch: weights of a dtype that the kernels do not have": lambda model: _home(model)[1] not in launch.DTYPES,
+WITHOUT_KERNELS: dict[str, Callable[[Any, "ModelConfig"], Any]] = {
+    "torch (asked for)": lambda _, options: options.backend.kernels != "auto",
+    "torch (no GPU)": lambda model, _: _home(model)[0].type != "cuda" and not launch.INTERPRETED,
+    "torch: Triton is not installed": lambda *_: launch.triton is None,
+    "torch: weights of a dtype that the kernels do not have": lambda model, _: _home(model)[1] not in launch.DTYPES,
+    "torch: the schedule takes backward passes apart": lambda model, _: model.backend.kernels != "auto",
 }
-"""Why no kernel runs at all, the first reason counts."""
+"""Why no kernel runs at all, by the model and what it was built from; the first reason counts."""
 
 
 def _with_rope(attention: DecoderAttention) -> list[nn.Module]:
@@ -183,7 +184,7 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
         found["linear layers"] = f"float8 by torchao, {options.float8} (asked for)"
     if not isinstance(model.base_model, DecoderModel):
         return {**found, "layers": OWN_CLASS}
-    none = next((words for words, holds in WITHOUT_KERNELS.items() if holds(model)), None)
+    none = next((words for words, holds in WITHOUT_KERNELS.items() if holds(model, options)), None)
     inside = {module for each in model.modules() if isinstance(each, DecoderAttention) for module in _with_rope(each)}
     everywhere = [module for module in model.modules() if module not in inside]
     for title, part in PARTS.items():

@@ -56,7 +56,9 @@ def test_two_gpus_train_what_one_trains(mesh: dict[str, Any], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("mesh", "options"), [({"cp": 2}, PACKED), ({"cp": 2, "cp_method": "ring"}, {}), ({"tp": 2}, PACKED)], ids=str
+    ("mesh", "options"),
+    [({"cp": 2}, PACKED), ({"cp": 2, "cp_method": "ring"}, {}), ({"tp": 2}, PACKED), (PIPELINES[-1], {})],
+    ids=str,
 )
 def test_two_gpus_train_in_half_precision(
     mesh: dict[str, Any], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

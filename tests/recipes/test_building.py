@@ -10,6 +10,7 @@ from transformers import AttentionInterface, GPT2Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nemo_automodel.components.distributed import Mesh, MeshConfig, Options, parallelize
+from nemo_automodel.components.kernels import launch
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.models.llama.model import LlamaForCausalLM
 from nemo_automodel.components.together import Together
@@ -17,6 +18,7 @@ from nemo_automodel.config import load_config
 from nemo_automodel.recipes import building
 from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.plan import plan, pretended
+from nemo_automodel.recipes.served import served
 from nemo_automodel.recipes.train import TrainConfig
 from tests.conftest import tiny
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
@@ -86,6 +88,25 @@ def test_async_tp_is_refused_where_sequences_stay_whole() -> None:
 
 def test_a_plan_with_async_tp_needs_no_gpu(overrides: Callable[..., list[str]]) -> None:  # noqa: F811
     assert plan(load_config(TrainConfig, None, overrides(**ASYNC)), 2).ranks
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_backward_passes_that_are_taken_apart_are_without_kernels(
+    schedule: str,
+    overrides: Callable[..., list[str]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a norm by the kernel, which has two outputs, torch would give the first one the gradients of both."""
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "triton", object())
+    words = overrides(mesh__pp=2, mesh__pp_schedule=schedule, train__micro_batch_size=1)
+    config, device = load_config(TrainConfig, None, words), torch.device("cpu")
+    with pretended(0, 2):
+        model = building.build_model(config, None, device, mesh=Mesh({"pp": 2}), stage=0, stages=2)
+    apart = schedule != "1F1B"
+    assert model.backend.kernels == ("torch" if apart else "auto")
+    words = "torch: the schedule takes backward passes apart" if apart else "torch for norms of fewer"
+    assert served(model, config.model, False)["norms"].startswith(words)
 
 
 def test_models_that_do_not_say_how_wide_they_are_train_on_several_ranks(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_here_it_is_torch_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         **dict.fromkeys(("norms", "gated MLP", "RoPE", "loss"), "torch (no GPU)"),
     }
     assert in_one_line(found).endswith("on cuda); norms, gated MLP, RoPE, loss: torch (no GPU)")
-    asked = served.served(model_of(LlamaConfig, backend={"kernels": "torch"}), AUTO, packing=False)
+    options = ModelConfig(path="x", backend=BackendConfig(kernels="torch"))
+    asked = served.served(model_of(LlamaConfig, backend={"kernels": "torch"}), options, packing=False)
     assert asked["norms"] == "torch (asked for)"
     monkeypatch.setattr(launch, "INTERPRETED", True)
     monkeypatch.setattr(launch, "triton", None)
