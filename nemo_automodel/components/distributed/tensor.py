@@ -19,19 +19,16 @@ from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
-    Partial,
     Placement,
     Replicate,
-    Shard,
     distribute_tensor,
 )
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
 from torch.func import functional_call
 
 from nemo_automodel.components.distributed.draws import draw_own, draws_of, drops, is_dropout, own_draws
+from nemo_automodel.components.distributed.moves import CHANNELS, COLUMNS, ROWS, SEQUENCE, TERM, WHOLE, moved
 from nemo_automodel.components.elsewhere import Elsewhere
-
-WHOLE, TERM, ROWS, COLUMNS, CHANNELS, SEQUENCE = Replicate(), Partial(), Shard(0), Shard(1), Shard(-1), Shard(1)
 
 
 @dataclass(eq=False)
@@ -53,7 +50,7 @@ class NormOfHeads(ParallelStyle):
             parameters = {name: _local(parameter, self.sums) for name, parameter in itself.named_parameters()}
             if x.ndim > 3:  # of each head by itself
                 return functional_call(plain, parameters, (x,))  # type: ignore[no-any-return]
-            every = _moved(x, device_mesh, CHANNELS, WHOLE, term=True)
+            every = moved(x, device_mesh, CHANNELS, WHOLE, term=True)
             heads: Tensor = functional_call(plain, parameters, (every,))
             return heads.unflatten(-1, (device_mesh.size(), -1))[..., device_mesh.get_local_rank(), :]
 
@@ -122,8 +119,8 @@ class Local(ParallelStyle):
         term = not self.used.is_shard()
         width = getattr(module, "out_features", None) if self.made == CHANNELS else None
         return (
-            partial(_moved, mesh=mesh, given=self.given, wanted=self.used, term=term),
-            partial(_moved, mesh=mesh, given=self.made, wanted=self.wanted, width=width),
+            partial(moved, mesh=mesh, given=self.given, wanted=self.used, term=term),
+            partial(moved, mesh=mesh, given=self.made, wanted=self.wanted, width=width),
         )
 
 
@@ -233,7 +230,7 @@ def parallelize_tensors(
     if layers:
         first, *_, last = [*layers.values(), *layers.values()]
         first.register_forward_pre_hook(partial(_cut_along_sequence, mesh), with_kwargs=True)
-        last.register_forward_hook(lambda _, args, output: _moved(output, mesh, SEQUENCE, WHOLE))
+        last.register_forward_hook(lambda _, args, output: moved(output, mesh, SEQUENCE, WHOLE))
 
 
 def _adjusted(style: ParallelStyle, sums: bool, apart: bool) -> ParallelStyle:
@@ -324,35 +321,8 @@ def _cut_along_sequence(mesh: DeviceMesh, layer: nn.Module, args: tuple[Any, ...
             f"sequence parallelism over {mesh.size()} ranks takes sequences of a multiple of that many tokens, and "
             f"this one has {tokens}; pad it, or set mesh.sequence_parallel=false"
         )
-    part = _moved(whole, mesh, WHOLE, SEQUENCE)
+    part = moved(whole, mesh, WHOLE, SEQUENCE)
     return ((part, *args[1:]), options) if name is None else (args, {**options, name: part})
-
-
-def _moved(
-    x: Tensor, mesh: DeviceMesh, given: Placement, wanted: Placement, *, term: bool = False, width: int | None = None
-) -> Tensor:
-    """``x``, that lies over the ranks as ``given``, as ``wanted``; its gradient the other way.
-
-    Args:
-        x: this rank's.
-        mesh: the ranks.
-        given: how the ranks' tensors make up the whole.
-        wanted: how they shall.
-        term: whether the gradients of a whole ``x`` are the ranks' terms of a sum.
-        width: channels of the whole, where the ranks' parts need not be equal.
-    """
-    if given == wanted and not term:
-        return x
-    shape: dict[str, Any] = {}
-    if width is not None:
-        shape = {"shape": torch.Size((*x.shape[:-1], width)), "stride": _strides((*x.shape[:-1], width))}
-    spread = DTensor.from_local(x, mesh, [given], run_check=False, **shape)
-    moved = spread.redistribute(placements=[wanted]).to_local(grad_placements=[TERM] if term else None)
-    return moved.contiguous()  # what was gathered along the sequence is not, and models take views of it
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
 
 
 def _local(parameter: Tensor, sums: bool) -> Tensor:
@@ -364,6 +334,9 @@ def _local(parameter: Tensor, sums: bool) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return parameter
+    if not parameter.requires_grad:
+        with torch.no_grad():
+            return parameter.to_local()
     if not (sums and parameter.placements == (WHOLE,)):
         placements = [TERM if each.is_replicate() else each for each in parameter.placements]
         return parameter.to_local(grad_placements=placements)
