@@ -29,7 +29,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from multi_gpu_report import markdown, problems
+from multi_gpu_report import last_words, markdown, problems
 from multi_gpu_rows import LONGEST, SECTIONS, SHAPES, VOCABULARY, Row, rows_of
 
 HERE = Path(__file__).parent
@@ -205,8 +205,7 @@ class Ranks:
         shutil.rmtree(args.scratch / "run", ignore_errors=True)
         if error is not None:
             rank, what = error
-            said = [line for line in (self._logs / f"{rank}.log").read_text().splitlines() if line.strip()]
-            return {"error": f"rank {rank} {what}: {said[-1][:300] if said else ''}"}
+            return {"error": f"rank {rank} {what}: {last_words(self._logs / f'{rank}.log')}"}
         result: dict[str, Any] = json.loads((self._logs / "result.json").read_text())
         return result
 

@@ -1,12 +1,16 @@
 """Tables and verdicts from what `multi_gpu.py` measured."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 GIB = 2**30
 FACTOR = 2.0
 """A mesh may be so many times as far from one GPU as one GPU is from itself: both have rounded."""
+ALIKE = 1e-3
+"""Relative: losses in bf16 of the same work are so near, whoever shares it (seen: 1e-4; where it was wrong, 6e-3)."""
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -41,6 +45,7 @@ def problems(report: dict[str, Any]) -> list[str]:
                 found.append(f"not equal: {name} of {row['name']} is {apart:.2e} apart, beyond {bound:.2e}")
             if row["values"]["role"] == "wrong" and name == "loss" and apart <= bound:
                 found.append(f"blind: {name} with more learning rate is {apart:.2e} apart, within {bound:.2e}")
+    found += different_losses([row for row in rows if row["does"] == "speed" and good(row)])
     for row in rows:
         for rank, kill in row["kills"].items() if row["section"] == "kill" and good(row) else ():
             usual = row["usual"]["loss_apart"]
@@ -50,8 +55,33 @@ def problems(report: dict[str, Any]) -> list[str]:
     return found
 
 
+def different_losses(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of rows that did the same work, by the loss of every step: fast and wrong is no figure."""
+    found, first = [], {}
+    for row in rows:
+        work = (row["model"], row["values"]["rows"], row["values"]["length"], "lora" in row["words"], data_of(row))
+        reference = first.setdefault(work, row)
+        apart = max(abs(a / b - 1) for a, b in zip(row["losses"], reference["losses"], strict=True))
+        if not apart <= ALIKE:
+            found.append(f"not equal: losses of {row['name']} are {apart:.1e} from those of {reference['name']}")
+    return found
+
+
+def data_of(row: dict[str, Any]) -> int:
+    """By how many groups of ranks, each with random rows of its own."""
+    shared = re.search(r"--mesh\.(tp|cp|pp) (\d+)", row["words"])
+    return int(row["ranks"]) // (int(shared[2]) if shared else 1)
+
+
 def good(row: dict[str, Any]) -> bool:
     return "error" not in row and not row["skipped"]
+
+
+def last_words(log: Path) -> str:
+    """The line that names an error, or else the last one."""
+    said = [line for line in log.read_text().splitlines() if line.strip()]
+    named = [line for line in said if re.search(r"^\S*:? ?[\w.]*(Error|Exception)\b", line)]
+    return (named or said or [""])[-1][:300]
 
 
 def apart_of(rows: Sequence[dict[str, Any]], row: dict[str, Any], name: str) -> float:

@@ -25,7 +25,7 @@ def build_mesh(config: "TrainConfig", device: torch.device) -> Mesh:
         ValueError: sizes that are not those of the ranks there are, or that the model or the data does not divide into.
     """
     sizes = config.mesh.sizes(Together().size)
-    mesh = Mesh(sizes, device.type, config.mesh.sequence_parallel, config.mesh.cp_method, config.mesh.async_tp)
+    mesh = Mesh(sizes, device.type, config.mesh.sequence_parallel, config.mesh.cp_method)
     _check_options(config, mesh)
     if mesh.sharers > 1:
         with blame("model.path"):
@@ -54,15 +54,6 @@ def _check_options(config: "TrainConfig", mesh: Mesh) -> None:
         )
     if config.data.packing and _ring(config, mesh):
         raise ValueError("mesh.cp_method=ring has no packed documents: set mesh.cp_method=all_to_all, or no packing")
-    _check_async(config, mesh)
-
-
-def _check_async(config: "TrainConfig", mesh: Mesh) -> None:
-    if config.mesh.async_tp and mesh.device_type != "cuda":
-        raise ValueError(
-            f"mesh.async_tp=true sends through symmetric memory, and {mesh.device_type} has none; leave it at false, "
-            "or train on GPUs of one host"
-        )
 
 
 def _check_model(config: "TrainConfig", mesh: Mesh, model: "PreTrainedConfig") -> None:

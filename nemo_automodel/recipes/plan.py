@@ -179,7 +179,7 @@ def _planned(config: "TrainConfig") -> "TrainConfig":
     plain: dict[str, Any] = {"attn": "sdpa", "linear": "torch", "rms_norm": "torch", "rope_fusion": False}
     backend = replace(model.backend, **plain, te_fp8=None)
     model = replace(model, float8="off", attn_implementation=None, backend=backend)
-    return replace(config, model=model, mesh=replace(config.mesh, async_tp=False))
+    return replace(config, model=model)
 
 
 def _needs(config: "TrainConfig", rank: int, ranks: int) -> RankNeeds:

@@ -131,8 +131,6 @@ class TrainConfig:
             raise ValueError(
                 f"model.float8={self.model.float8} trains all weights; with lora set lora.base_dtype=float8 instead"
             )
-        if self.mesh.async_tp and not self.model.compile:
-            raise ValueError("mesh.async_tp=true is the compiler's work: set model.compile=true, or leave it at false")
         self._check_transformer_engine()
 
     def _check_transformer_engine(self) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed import _symmetric_memory
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,7 +27,7 @@ from nemo_automodel.components.optim import adamw as optim
 from nemo_automodel.components.placement import whole
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
-from nemo_automodel.recipes import meshes, step
+from nemo_automodel.recipes import step
 from nemo_automodel.recipes.train import Run, TrainConfig, train
 from tests.conftest import randomize
 from tests.distributed.ranks import run_ranks
@@ -122,21 +121,10 @@ def _without_inductor(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
 
 
-def _async_on_cpu(patch: pytest.MonkeyPatch) -> None:
-    """No rule, but what CPUs lack: torch's fused operations, whose parts are computed one after the other."""
-    operations = torch.library.Library("symm_mem", "IMPL")
-    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
-        operations.impl(name, getattr(_symmetric_memory, f"_{name}_fallback"), "CPU")
-    patch.setattr(_symmetric_memory, "kept_alive", operations, raising=False)
-    patch.setattr(dist, "is_nccl_available", lambda: True)
-    patch.setattr(meshes, "_check_async", lambda config, mesh: None)
-
-
-RULES = {each.__name__: each for each in (_no_terms, _loss_of_each_rank, _half_the_norm, _ties_apart)}
-"""Of sharding, broken."""
-
-SABOTAGE = RULES | {each.__name__: each for each in (_without_inductor, _async_on_cpu)}
-"""And what tests change beside them."""
+SABOTAGE = {
+    each.__name__: each for each in (_no_terms, _loss_of_each_rank, _half_the_norm, _ties_apart, _without_inductor)
+}
+"""Rules of sharding, broken."""
 
 
 def record(words: list[str], out: Path, sabotage: str = "") -> None:
@@ -199,20 +187,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_equal_training(
-    folder: Path,
-    options: Mapping[str, Any],
-    mesh: Mapping[str, int],
-    ranks: int,
-    sabotage: str = "",
-    timeout: float = 120,
+    folder: Path, options: Mapping[str, Any], mesh: Mapping[str, int], ranks: int, sabotage: str = ""
 ) -> None:
     """The same training in one process and on ``ranks`` of ``mesh``, where a rule of sharding may be broken."""
     one, several = folder / "one", folder / "several"
     if not one.exists():
         record(words_of({**options, "output_dir": one}), folder / "one-tensors")
     on_mesh: dict[str, Any] = {f"mesh.{axis}": size for axis, size in mesh.items()}
-    words = words_of({**options, **on_mesh, "output_dir": several})
-    run_ranks(ranks, record, words, folder / "tensors", sabotage, timeout=timeout)
+    run_ranks(ranks, record, words_of({**options, **on_mesh, "output_dir": several}), folder / "tensors", sabotage)
     found = differences(folder / "one-tensors", folder / "tensors")
     worst = max(found, key=lambda name: found[name])
     assert found[worst] < TOLERANCE, f"{worst} differs by {found[worst]}"

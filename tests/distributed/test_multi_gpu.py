@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.multi_gpu_report import bound_of, formula, markdown, problems
+from benchmarks.multi_gpu_report import bound_of, different_losses, formula, last_words, markdown, problems
 from benchmarks.multi_gpu_rows import SECTIONS, counts, meshes, rows_of
 from nemo_automodel.components.data import micro_batches
 from nemo_automodel.components.distributed.stages import takes_micro_batches
@@ -49,7 +49,14 @@ def test_bubbles_by_the_formula() -> None:
 
 
 def _equality(name: str, role: str, factor: float, **more: Any) -> dict[str, Any]:
-    values = {"section": "equality", "name": name, "ranks": 1, "skipped": "", "values": {"role": role}}
+    values = {
+        "section": "equality",
+        "does": "equality",
+        "name": name,
+        "ranks": 1,
+        "skipped": "",
+        "values": {"role": role},
+    }
     return {**values, "loss": [factor * x for x in (4.0, 3.0, 2.0)], "grad_norm": [1.0, 1.0, 1.0], **more}
 
 
@@ -73,6 +80,28 @@ def test_the_bound_is_twice_what_one_gpu_differs_from_itself() -> None:
     assert "rank 1 ended with 1: no memory" in problems(failed)[0]
     assert "cp=2 x1: failed: rank 1" in markdown(failed)
     assert "| pp=2 | 4.0164, 2.0082 | 4.1e-03 | 0.0e+00 | NO | no |" in markdown(_report(far))
+
+
+def test_fast_and_wrong_is_no_figure() -> None:
+    def row(name: str, ranks: int, words: str, *losses: float) -> dict[str, Any]:
+        values = {"series": name, "rows": 2, "length": 8}
+        own = {"section": "speed", "name": name, "ranks": ranks, "does": "speed", "model": "8b", "words": words}
+        return {**own, "skipped": "", "values": values, "losses": losses}
+
+    one, tp = row("one", 1, "--lora.r 16", 12.5, 12.4), row("tp", 2, "--lora.r 16 --mesh.tp 2", 12.501, 12.399)
+    full, apart = row("full", 1, "", 12.5, 9.0), row("dp", 2, "--lora.r 16", 12.7, 12.6)  # other work, and other rows
+    assert different_losses([one, tp, full, apart]) == []
+    wrong = row("fast", 2, "--lora.r 16 --mesh.tp 2", 12.5, 12.3)
+    assert different_losses([one, wrong]) == ["not equal: losses of fast are 8.1e-03 from those of one"]
+    assert different_losses([one, row("none", 1, "--lora.r 16", float("nan"), 1.0)])
+
+
+def test_the_error_is_named_and_not_what_followed(tmp_path: Path) -> None:
+    log = tmp_path / "0.log"
+    log.write_text("[rank0]: RuntimeError: no memory\n[rank0]:[W1129 ProcessGroupNCCL.cpp:1575] Warning: destroy\n")
+    assert last_words(log) == "[rank0]: RuntimeError: no memory"
+    log.write_text("killed\n\n")
+    assert last_words(log) == "killed"
 
 
 @pytest.mark.slow

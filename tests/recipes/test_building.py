@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AttentionInterface, GPT2Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from nemo_automodel.components.distributed import Mesh, MeshConfig, Options, parallelize
+from nemo_automodel.components.distributed import Mesh, MeshConfig
 from nemo_automodel.components.kernels import launch
-from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.models.llama.model import LlamaForCausalLM
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import load_config
@@ -20,10 +18,7 @@ from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.plan import plan, pretended
 from nemo_automodel.recipes.served import served
 from nemo_automodel.recipes.train import TrainConfig
-from tests.conftest import tiny
 from tests.recipes.conftest import checkpoint, overrides, rows  # noqa: F401  (fixtures)
-
-ASYNC = {"mesh__tp": 2, "mesh__async_tp": "true", "model__compile": "true"}
 
 REFUSED = [
     (6, {"mesh__tp": 4}, r"tp=4 takes a multiple of 4 ranks, and there are 6"),
@@ -39,7 +34,6 @@ REFUSED = [
         {"mesh__tp": 2, "data__packing": "true", "data__max_length": 95},
         r"data.max_length=95 must be a multiple of 2",
     ),
-    (2, ASYNC, r"mesh.async_tp=true sends through symmetric memory, and cpu has none; leave it at false"),
 ]
 
 
@@ -56,38 +50,6 @@ def test_a_mesh_that_cannot_be_is_refused(
     config = load_config(TrainConfig, None, overrides(**words))
     with pytest.raises(ValueError, match=message):
         build_mesh(config, torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"mesh__tp": 1}, "async_tp=true with tp=1 and sequence_parallel=true: .* set tp to 2 or more"),
-        (
-            {"mesh__sequence_parallel": "false"},
-            "async_tp=true with tp=2 and sequence_parallel=false: .* or leave",
-        ),
-        ({"model__compile": "false"}, "mesh.async_tp=true .* set model.compile=true, or leave it at false"),
-    ],
-)
-def test_async_tp_says_what_it_lacks(
-    overrides: Callable[..., list[str]],  # noqa: F811
-    words: dict[str, Any],
-    message: str,
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_config(TrainConfig, None, overrides(**ASYNC | words))
-
-
-def test_async_tp_is_refused_where_sequences_stay_whole() -> None:
-    model = LlamaForCausalLM(tiny())
-    options = Options(tp_plan=tp_plan_of(model), compile=True)
-    with pretended(0, 2), pytest.raises(ValueError, match=r"async_tp=true overlaps .* LlamaForCausalLM keeps"):
-        # as it is for a model that declares no `context`
-        parallelize(model, Mesh({"tp": 2}, sequence_parallel=False, async_tp=True), options)
-
-
-def test_a_plan_with_async_tp_needs_no_gpu(overrides: Callable[..., list[str]]) -> None:  # noqa: F811
-    assert plan(load_config(TrainConfig, None, overrides(**ASYNC)), 2).ranks
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])

@@ -26,8 +26,7 @@ class MeshConfig:
     """How the ranks of a run share its work.
 
     Raises:
-        ValueError: a size below one, as many stages as the schedule does not have, or options that do not go together,
-            by the field's name.
+        ValueError: a size below one, or as many stages as the schedule does not have, by the field's name.
     """
 
     pp: int = _option(1, "ranks that share the layers (pipeline parallelism)")
@@ -39,9 +38,6 @@ class MeshConfig:
     )
     tp: int = _option(1, "ranks that share each layer's products (tensor parallelism)")
     sequence_parallel: bool = _option(True, "with tp: what lies between the products is cut along the sequence")
-    async_tp: bool = _option(
-        False, "with tp and model.compile, on GPUs of one host: products overlap with what is sent for them, in pieces"
-    )
     pp_schedule: ScheduleName = _option("1F1B", "with pp: the order in which stages compute micro-batches")  # noqa: RUF009
     pp_virtual_stages: int | None = _option(
         None, "with pp: stages of each rank; null: as few as the schedule takes (one, or two interleaved)"
@@ -56,12 +52,6 @@ class MeshConfig:
             raise ValueError(
                 f"pp_reduce_each=true with pp_schedule={self.pp_schedule!r}, which computes weights' gradients out of "
                 "FSDP's sight: leave it at false, or take another schedule"
-            )
-        if self.async_tp and (self.tp == 1 or not self.sequence_parallel):
-            raise ValueError(
-                f"async_tp=true with tp={self.tp} and sequence_parallel={str(self.sequence_parallel).lower()}: it "
-                "overlaps what ranks with parts of a sequence send; set tp to 2 or more and sequence_parallel=true, or "
-                "leave async_tp at false"
             )
         for name in AXES:
             if (size := getattr(self, name)) is not None and size < 1:
@@ -90,7 +80,6 @@ class Mesh:
         device_type: of the ranks' tensors.
         sequence_parallel: whether ``tp`` ranks cut along the sequence what lies between the layers' products.
         cp_method: how ``cp`` ranks attend to the sequences that they share.
-        async_tp: whether compiled layers overlap, piece by piece, what ``tp`` ranks send with the products next to it.
 
     Attributes:
         pp, dp_replicate, dp_shard, cp, tp: the sizes.
@@ -109,13 +98,11 @@ class Mesh:
         device_type: str = "cpu",
         sequence_parallel: bool = True,
         cp_method: Literal["all_to_all", "ring"] = "all_to_all",
-        async_tp: bool = False,
     ):
         self.sizes = {name: (sizes or {}).get(name, 1) for name in AXES}
         self.__dict__.update(self.sizes)
         self.size = math.prod(self.sizes.values())
         self.device_type, self.sequence_parallel, self.cp_method = device_type, sequence_parallel, cp_method
-        self.async_tp = async_tp
         self.place = self.place_of(dist.get_rank() if self.size > 1 else 0)
 
     def place_of(self, rank: int) -> dict[str, int]:

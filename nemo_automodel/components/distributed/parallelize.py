@@ -1,13 +1,10 @@
 """A model over a mesh: every kind of parallelism, in the one order in which they fit together."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from nemo_automodel.components.distributed.context import parallelize_context, shares_sequences
@@ -53,8 +50,7 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
 
     Raises:
         ValueError: a plan does not fit the model, it cannot share sequences, it has no layers to shard by, or too few
-            for the stages, or dropout or full checkpointing in layers that are compiled for ``tp``, or ``async_tp``
-            with whole sequences between the products.
+            for the stages, or dropout or full checkpointing in layers that are compiled for ``tp``.
     """
     if options.stages > 1:
         keep_stage(model, options.stage, options.stages)
@@ -64,18 +60,14 @@ def parallelize(model: Any, mesh: Mesh, options: Options) -> None:
         by_sequence = mesh.sequence_parallel and shares_sequences(model)
         if options.compile:
             _check_compiled(model, mesh.tp, options.checkpointing)
-        if mesh.async_tp:
-            _prepare_async(model, axis, by_sequence)
         sums = mesh.axis("dp_replicate", "fsdp") is not None
-        parallelize_tensors(
-            model, options.tp_plan, axis, layer_classes if by_sequence else (), sums, apart=mesh.async_tp
-        )
+        parallelize_tensors(model, options.tp_plan, axis, layer_classes if by_sequence else (), sums)
     parallelize_context(model, mesh)
     if options.checkpointing:
         _checkpoint_activations(model, options.checkpointing)
     if options.compile:
         for layer in (module for module in model.modules() if type(module).__name__ in layer_classes):
-            layer.compile(options={"_micro_pipeline_tp": True} if mesh.async_tp else None)
+            layer.compile()
     if (axes := mesh.axis("dp_replicate", "fsdp")) is not None:
         fully_shard_layers(model, layer_classes, axes, cpu_offload=options.cpu_offload)
 
@@ -92,18 +84,6 @@ def _check_compiled(model: Any, tp: int, checkpointing: Checkpointing) -> None:
             f"model.compile=true with mesh.tp={tp}: {dropping[0]} has dropout, of which compiled layers would "
             "drop the same on ranks that have other parts; set the dropout to 0, or leave out compile or tp"
         )
-
-
-def _prepare_async(model: Any, ranks: DeviceMesh, by_sequence: bool) -> None:
-    """Let Inductor use symmetric memory among ``ranks``."""
-    if not by_sequence:
-        raise ValueError(
-            f"mesh.async_tp=true overlaps what ranks with parts of a sequence send, and {type(model).__name__} keeps "
-            "sequences whole between its products; leave it at false"
-        )
-    with warnings.catch_warnings():  # torch calls it needless, and Inductor's pass does nothing without (torch 2.13)
-        warnings.simplefilter("ignore", FutureWarning)
-        enable_symm_mem_for_group(ranks.get_group().group_name)
 
 
 KEPT = ("mm", "addmm", "_scaled_mm", "_scaled_dot_product_", "_varlen_attn", "_flex_attention")

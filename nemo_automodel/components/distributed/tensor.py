@@ -70,8 +70,6 @@ class Local(ParallelStyle):
         wanted: how the output shall lie over the ranks.
         sums: whether ranks' terms of a whole parameter's gradient are added with every backward pass, in fp32, as FSDP
             wants them; else they stay apart until the optimizer's step.
-        apart: whether each product along the sequence moves its own input or output, so that the compiler can overlap
-            the two: a bias is added afterwards, and adapters exchange what has their rank's channels by themselves.
     """
 
     cut: Mapping[str, Placement]
@@ -80,48 +78,30 @@ class Local(ParallelStyle):
     made: Placement
     wanted: Placement
     sums: bool = False
-    apart: bool = False
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if self.made.is_partial() and hasattr(module, "column_ranks"):
             setattr(module, "column_ranks", device_mesh.get_group())  # noqa: B010  (a declared one, of adapters)
         plain, drawing = _taken_apart(module, device_mesh, self.cut), drops(module)
-        before, after = moves = self._moves(module, device_mesh)
-        summed, apart = self.made.is_partial(), self.apart and self._along_sequence
-        if itself_moves := apart and hasattr(module, "moves"):
-            setattr(plain, "moves", moves)  # noqa: B010  (a declared one, of adapters)
-        if bias_last := summed or apart:
-            plain._parameters["bias"] = None  # to be added once, not by every rank; and not within what overlaps
+        if summed := self.made.is_partial():
+            plain._parameters["bias"] = None  # to be added once, and not by every rank
 
         def forward(itself: nn.Module, x: Tensor) -> Tensor:
-            x = x if itself_moves else before(x)
+            x = moved(x, device_mesh, self.given, self.used, term=not self.used.is_shard())
             local = {name: _local(parameter, self.sums) for name, parameter in itself.named_parameters()}
-            bias = local.pop("bias", None) if bias_last else None
-            if bias is not None and summed and self.wanted == WHOLE:  # every rank adds it to the same
+            bias = local.pop("bias", None) if summed else None
+            if bias is not None and self.wanted == WHOLE:  # every rank adds it to the same
                 bias = itself._parameters["bias"].to_local()  # type: ignore[union-attr]
             plain.training = itself.training
             # what each rank has a part of, each drops by itself; what all have, all drop alike
             with draws_of(device_mesh, self.used.is_shard()) if drawing and itself.training else nullcontext():
                 y = functional_call(plain, local, (x,))
-            y = y if itself_moves else after(y)
+            width = getattr(itself, "out_features", None) if self.made == CHANNELS else None
+            y = moved(y, device_mesh, self.made, self.wanted, width=width)
             return y if bias is None else y + bias
 
         module.forward = MethodType(forward, module)  # type: ignore[method-assign]
         return module
-
-    @property
-    def _along_sequence(self) -> bool:
-        """Whether parts of a sequence are its input or its output, and of the two that one alone moves."""
-        return SEQUENCE in (self.given, self.wanted) and (self.given == self.used) != (self.made == self.wanted)
-
-    def _moves(self, module: nn.Module, mesh: DeviceMesh) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """Of the input, and of the output."""
-        term = not self.used.is_shard()
-        width = getattr(module, "out_features", None) if self.made == CHANNELS else None
-        return (
-            partial(moved, mesh=mesh, given=self.given, wanted=self.used, term=term),
-            partial(moved, mesh=mesh, given=self.made, wanted=self.wanted, width=width),
-        )
 
 
 class _Vocabulary(RowwiseParallel):
@@ -186,7 +166,6 @@ def parallelize_tensors(
     mesh: DeviceMesh,
     sequence_of: Collection[str] = (),
     sums: bool = False,
-    apart: bool = False,
 ) -> None:
     """Cut the modules that ``plan`` names over the ranks of ``mesh``; all others are whole on every rank.
 
@@ -202,7 +181,6 @@ def parallelize_tensors(
             of the ranks.
         sums: whether a whole parameter's gradient is the ranks' sum after every backward pass (FSDP will want it) and
             not only when the optimizer adds up their terms.
-        apart: whether each product along the sequence moves what it reads or makes by itself; see `Local`.
 
     Raises:
         ValueError: an entry that matches no module, a style that is none, or dropout of who knows what; nothing is
@@ -223,7 +201,7 @@ def parallelize_tensors(
     made = {name: STYLES[style](_within(name, layers) is not None) for name, style in styles.items()}
     for name in _others_with_parameters(modules, layers, styles):
         made[name] = _ON_SEQUENCE
-    parallelize_module(model, mesh, {name: _adjusted(style, sums, apart) for name, style in made.items()})
+    parallelize_module(model, mesh, {name: _summing(style, sums) for name, style in made.items()})
     _draw_own_where_cut(modules.values(), layers.values(), mesh)
     for head, embedding in ties:
         modules[head].weight = modules[embedding].weight
@@ -233,10 +211,8 @@ def parallelize_tensors(
         last.register_forward_hook(lambda _, args, output: moved(output, mesh, SEQUENCE, WHOLE))
 
 
-def _adjusted(style: ParallelStyle, sums: bool, apart: bool) -> ParallelStyle:
-    if isinstance(style, Local):
-        return replace(style, sums=sums, apart=apart)
-    return replace(style, sums=sums) if isinstance(style, NormOfHeads) else style
+def _summing(style: ParallelStyle, sums: bool) -> ParallelStyle:
+    return replace(style, sums=sums) if isinstance(style, Local | NormOfHeads) else style
 
 
 def _draw_own_where_cut(modules: Iterable[nn.Module], layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:

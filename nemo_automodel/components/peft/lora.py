@@ -6,7 +6,7 @@ The base product is one for the whole fused projection; the parts' A are stacked
 laid out as the fused projection's rows are.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +47,6 @@ class LoRALinear(nn.Linear):
         lora_magnitude: with DoRA, part name -> ``[rows of the part]``; else empty.
         kernels: whether to use the library's own where they can run; the base layer's choice.
         column_ranks: that share the weight's columns (tensor parallelism, of a row-wise layer).
-        moves: how ranks that each have a part of the sequence exchange what a product reads, and what it makes. A's
-            product is then exchanged in place of the wide input or output, and of these the base product's alone.
         scale: of the rows of ``weight``, fp32 ``[out_features, 1]``, once `quantize` put it in float8.
 
     Raises:
@@ -58,7 +56,6 @@ class LoRALinear(nn.Linear):
     takes_gated = True
     writes: int = 0
     column_ranks: dist.ProcessGroup | None = None
-    moves: tuple[Callable[[Tensor], Tensor], ...] | None = None
     _joined: Tensor | None = None
     _known_places: tuple[Any, tuple[Place, ...]] = (None, ())
     scale: Tensor | None
@@ -122,35 +119,22 @@ class LoRALinear(nn.Linear):
         a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B.items()))
         dropped = self.dropout(x)
         if not self.dora:
-            base = self._base(x, self.bias)
-            return (base + self._update(dropped, a, b)).to(base.dtype)
-        base = self._base(x)
+            base = F.linear(x, self.weight, self.bias)
+            return (base + F.linear(F.linear(dropped.to(a.dtype), a), b)).to(base.dtype)
+        base = F.linear(x, self.weight)
         # peft: magnitudes act on what the adapters' dropout lets through, the base product stays whole
-        seen = base if dropped is x else self._base(dropped)
-        update = self._update(dropped, a, b)
+        seen = base if dropped is x else F.linear(dropped, self.weight)
+        update = F.linear(F.linear(dropped.to(a.dtype), a), b)
         factor = self._factor(self.weight, a, b, dict(self.lora_magnitude.items()))
         out = (seen + update) * factor if dropped is x else base + (factor - 1) * seen + factor * update
         return (out if self.bias is None else out + self.bias).to(base.dtype)
-
-    def _base(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.moves is None:
-            return F.linear(x, self.weight, bias)
-        before, after = self.moves
-        return after(F.linear(before(x), self.weight, bias))
-
-    def _update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        low = F.linear(x.to(a.dtype), a)
-        if self.moves is not None:
-            before, after = self.moves
-            low = after(before(low))
-        return F.linear(low, b)
 
     def _fuses(self, x: Tensor | Gated) -> bool:
         """Whether the kernels compute this layer, whose gradients are then those of plain LoRA."""
         adapters = (*self.lora_A.values(), *self.lora_B.values())
         if self.scale is not None:
             return can_run(x, self.bias, *adapters, anywhere=True)
-        ready = self.kernels and self._plain and not self.weight.requires_grad and self.moves is None
+        ready = self.kernels and self._plain and not self.weight.requires_grad
         return ready and can_run(x, self.weight, self.bias, *adapters)
 
     @property

@@ -16,6 +16,7 @@ from nemo_automodel.components.peft import (
     merge_lora,
     save_adapter,
 )
+from nemo_automodel.components.peft.lora import LoRALinear
 from tests.conftest import assert_near, tiny, tokens, twins
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,6 +61,15 @@ def test_logits_and_gradients_equal_pefts(targets: list[str], qwen: bool, rslora
         assert parameter.grad.abs().max() > 0
         assert_near(own[name].grad, parameter.grad, what=name)
     assert all(p.grad is None for n, p in ours.named_parameters() if "lora_" not in n)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_with_adapters_are_one_graph_of_the_compiler(dora: bool) -> None:
+    _, ours = twins(LlamaForCausalLM, tiny(LlamaConfig, num_hidden_layers=1))
+    apply_lora(ours, LoRAConfig(r=3, targets=PROJECTIONS, dora=dora), ours.state_dict_adapter.layout)
+    for layer in (each for each in ours.modules() if isinstance(each, LoRALinear)):
+        x = torch.randn(2, 5, layer.in_features)
+        assert_near(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "up_proj"], PROJECTIONS])
