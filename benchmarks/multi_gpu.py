@@ -33,6 +33,8 @@ from multi_gpu_report import last_words, markdown, problems
 from multi_gpu_rows import LONGEST, SECTIONS, SHAPES, VOCABULARY, Row, rows_of
 
 HERE = Path(__file__).parent
+ALONE = ("load", "load_transformers", "save", "kill")
+"""What rows do that measure the host."""
 GRACE = 15
 """Seconds that the other ranks have once one has failed: theirs may be the words that say why."""
 
@@ -127,13 +129,16 @@ class Started(AbstractContextManager["Started"]):
 
     def measure(self, row: Row, following: Row | None) -> dict[str, Any]:
         """The row's result, or its ``error``."""
-        if row.model and "error" in (made := make(row.model, self._args)):
-            return {"error": f"no model: {made['error']}"}
         ranks = self._ahead.pop(row.key, None) or Ranks(row, self._args)
-        # on CPUs their imports would be measured
-        if following is not None and not following.skipped and not self._args.tiny:
-            self._ahead[following.key] = Ranks(following, self._args)
-        return ranks.measure()
+        try:
+            if row.model and "error" in (made := make(row.model, self._args)):
+                return {"error": f"no model: {made['error']}"}
+            # where imports would be measured, nobody makes any
+            if following is not None and not (following.skipped or self._args.tiny or row.does in ALONE):
+                self._ahead[following.key] = Ranks(following, self._args)
+            return ranks.measure()
+        finally:
+            ranks.stop()
 
 
 def make(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -174,14 +179,13 @@ class Ranks:
         shutil.rmtree(self._logs, ignore_errors=True)
         self._logs.mkdir(parents=True)
         script = "multi_gpu_kill.py" if row.does == "kill" else "multi_gpu_ranks.py"
-        port = free_port()
-        self._processes = [self._start(script, rank, port) for rank in range(row.ranks)]
+        self._processes = [self._start(script, rank) for rank in range(row.ranks)]
 
-    def _start(self, script: str, rank: int, port: int) -> "subprocess.Popen[str]":
+    def _start(self, script: str, rank: int) -> "subprocess.Popen[str]":
         with (self._logs / f"{rank}.log").open("w") as log:
             return subprocess.Popen(
                 [sys.executable, str(HERE / script), str(self._logs / "result.json")],
-                env=environment(self._row, rank, port),
+                env=environment(self._row, rank),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -196,7 +200,7 @@ class Ranks:
         shape = SHAPES[args.tiny].get(row.model, {})
         request = {"steps": args.steps, **row.values, "does": row.does, "words": row.words}
         request |= {"device": "cpu" if args.tiny else "cuda", "folder": str(args.scratch / row.model)}
-        request |= {"scratch": str(args.scratch), "vocabulary": shape.get("vocab_size")}
+        request |= {"scratch": str(args.scratch), "vocabulary": shape.get("vocab_size"), "port": free_port()}
         for process in self._processes:
             assert process.stdin is not None
             with suppress(BrokenPipeError), process.stdin:  # it has ended: `_wait` says how
@@ -233,15 +237,15 @@ class Ranks:
         return alive
 
 
-def environment(row: Row, rank: int, port: int) -> dict[str, str]:
+def environment(row: Row, rank: int) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     own["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [own.get("PYTHONPATH")])])
     own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // row.ranks)))
-    # lent machines may not have NVLink's multicast; said in the results
+    # some machines may not have NVLink's multicast; said in the results
     own = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"} | own
     if row.ranks > 1:
         own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(row.ranks)}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        own["MASTER_ADDR"] = "127.0.0.1"
     return own
 
 

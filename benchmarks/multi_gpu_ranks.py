@@ -329,6 +329,7 @@ def group_closed() -> Any:
 
 def main() -> None:
     request = json.loads(sys.stdin.read())  # nothing, where nobody wants it any more
+    os.environ["MASTER_PORT"] = str(request["port"])  # known last, so that nobody else takes it
     work = (accelerate, bubble, equality, load, load_transformers, make, save, speed)
     with group_closed():
         result = {function.__name__: function for function in work}[request["does"]](request)

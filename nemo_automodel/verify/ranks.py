@@ -48,7 +48,8 @@ def run_ranks(
     """
     server: Any = multiprocessing.get_context(method)
     deadline = time.monotonic() + timeout
-    server.set_forkserver_preload(list(preload) or [function.__module__])
+    if method == "forkserver":
+        server.set_forkserver_preload(list(preload) or [function.__module__])
     with tempfile.TemporaryDirectory(prefix="automodel-ranks-") as folder:
         pipes = [server.Pipe(duplex=False) for _ in range(count)]
         processes = [

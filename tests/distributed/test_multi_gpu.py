@@ -93,7 +93,9 @@ def test_fast_and_wrong_is_no_figure() -> None:
     assert different_losses([one, tp, full, apart]) == []
     wrong = row("fast", 2, "--lora.r 16 --mesh.tp 2", 12.5, 12.3)
     assert different_losses([one, wrong]) == ["not equal: losses of fast are 8.1e-03 from those of one"]
-    assert different_losses([one, row("none", 1, "--lora.r 16", float("nan"), 1.0)])
+    none = row("none", 1, "--lora.r 16", 12.5, float("nan"))
+    assert different_losses([one, none]) == ["not equal: losses of none are nan from those of one"]
+    assert different_losses([none, one])
 
 
 def test_the_error_is_named_and_not_what_followed(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def test_which_attention_auto_takes(
     assert attention_for_packing(model_of(config_class), options, packing) == (None, reason)
 
 
+FASTER = "packed documents without a mask; te is faster, but"
 INSTALL = "needs Transformer Engine, which is not installed: pip install --no-build-isolation 'transformer_engine"
 
 
@@ -159,7 +160,10 @@ INSTALL = "needs Transformer Engine, which is not installed: pip install --no-bu
         ("there", ("te", "packed documents without a mask, the fastest")),
         ("not installed", ("varlen", f"packed documents without a mask; te is faster, but {INSTALL}[pytorch]'")),
         ("broken", ("varlen", "packed documents without a mask; te is faster, but does not load: libcudnn.so")),
-        ("older", ("varlen", "packed documents without a mask; te is faster, but was not measured on this GPU")),
+        ("older", ("varlen", "packed documents without a mask; te is faster, but was measured on Hopper only")),
+        ("newer", ("varlen", "packed documents without a mask; te is faster, but was measured on Hopper only")),
+        ("selective", ("varlen", f"{FASTER} would be computed again by selective checkpointing")),
+        ("deterministic", ("varlen", f"{FASTER} was not measured where steps are deterministic")),
         ("compiled", ("varlen", "packed documents without a mask; te is faster, but cuts compiled layers in two")),
         ("float64", ("varlen", "packed documents without a mask; te is faster, but has no kernel for float64 on cpu")),
     ],
@@ -171,8 +175,11 @@ def test_packed_documents_are_for_the_fastest_that_runs(
         runs_anywhere(monkeypatch, "te")
     monkeypatch.setattr(Package, "installed", lambda self: case != "not installed")
     monkeypatch.setattr(served, "why_not_loaded", lambda: "does not load: libcudnn.so" if case == "broken" else None)
-    monkeypatch.setattr(served, "compute_of", lambda device: (8, 0) if case == "older" else (9, 0))
-    options = ModelConfig(path="x", compile=case == "compiled")
+    compute = {"older": (8, 0), "newer": (10, 0)}.get(case, (9, 0))
+    monkeypatch.setattr(served, "compute_of", lambda device: compute)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: case == "deterministic")
+    checkpointing = "selective" if case == "selective" else False
+    options = ModelConfig(path="x", compile=case == "compiled", gradient_checkpointing=checkpointing)
     model = model_of(LlamaConfig).double() if case == "float64" else model_of(LlamaConfig)
     name, why = attention_for_packing(model, options, True)
     assert (name, why.partition(", only for")[0]) == expected

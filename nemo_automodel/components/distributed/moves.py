@@ -95,9 +95,14 @@ def _wait(x: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(x)  # type: ignore[no-any-return]
 
 
+def _cut(x: Tensor, dim: int, ranks: _Ranks) -> Tensor:
+    # not contiguous(), which may be a view: torch 2.11's compiler lets the gradient of one go past `_Moved`
+    return x.chunk(ranks.size, dim)[ranks.rank].clone(memory_format=torch.contiguous_format)
+
+
 _COLLECTIVES: Mapping[str, Callable[[Tensor, int, _Ranks], Tensor]] = {
     "stay": lambda x, dim, ranks: x.view_as(x),
-    "cut": lambda x, dim, ranks: x.chunk(ranks.size, dim)[ranks.rank].contiguous(),
+    "cut": _cut,
     "gather": _gather,
     "scatter": _scatter,
     "sum": _sum,

@@ -282,7 +282,7 @@ TABLE = (
         what="Transformer Engine's DotProductAttention: cuDNN's kernels, or FlashAttention's where it is installed",
         implementation="te",
         package=TE,
-        # head_dim 256 computed wrong gradients beside a second cuDNN, and was not seen right in all layouts since
+        # head_dim 256 computed wrong gradients beside a second cuDNN, which `te.engine.package` refuses
         on={"cuda": On(dtypes=HALF, head_dims=range(8, 257, 8), compute=(8, 0))},
         has=_having("yes", "window", "dropout") | {"packing": "bounds", "deterministic": _ASKED, **_RANKS},
     ),
