@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+Method = Literal["forkserver", "spawn"]
+
 
 class RankError(RuntimeError):
     """A rank raised (its traceback is the note), died or was not done in time."""
@@ -30,7 +32,7 @@ def run_ranks(
     *args: Any,
     timeout: float,
     preload: Sequence[str] = (),
-    method: Literal["forkserver", "spawn"] = "forkserver",
+    method: Method = "forkserver",
 ) -> list[Any]:
     """``[function(*args) on rank 0, on rank 1, ...]``, each with a gloo group over all ``count`` of them.
 

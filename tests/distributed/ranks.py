@@ -2,11 +2,11 @@
 
 import multiprocessing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from nemo_automodel.verify import ranks
+from nemo_automodel.verify.ranks import Method
 
-Method = Literal["forkserver", "spawn"]
 SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch.distributed.checkpoint",

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.ranks import Method, run_ranks
+from nemo_automodel.verify.ranks import Method
+from tests.distributed.ranks import run_ranks
 
 
 def _sum_of_ranks(offset: int) -> tuple[int, int]:

@@ -326,10 +326,12 @@ def test_fifty_steps_follow_the_reference(backend: dict[str, Any], overrides: Ca
     reference = losses_of(overrides, "reference", {"attn": "sdpa", "kernels": "torch"})
     losses = losses_of(overrides, "ours", backend)
     assert reference[-1] < 0.8 * reference[0]
-    # bf16 rounds otherwise in each, which fifty steps add up; float8 keeps three bits of every operand, and where the
-    # loss has come to a tenth some single step is further away
-    apart = (torch.tensor(losses) / torch.tensor(reference) - 1).square().mean().sqrt()
-    assert 0 < apart < (0.08 if any(name.startswith("te_fp8") for name in backend) else 0.03)
+    if any(name.startswith("te_fp8") for name in backend):
+        # three bits of every operand: where the loss has come to a tenth, some single step is 0.11 away
+        apart = (torch.tensor(losses) / torch.tensor(reference) - 1).square().mean().sqrt()
+        assert 0 < apart < 0.08
+    else:  # bf16 rounds otherwise in each, which fifty steps add up
+        assert losses == pytest.approx(reference, rel=0.04)
 
 
 @pytest.mark.parametrize("how", [True, "selective"])
