@@ -140,7 +140,7 @@ def build_model(
             init_adapters(model, config.train.seed)
     if config.lora is not None and config.lora.base_dtype == "float8":
         quantize_base(model)
-    elif not several and config.lora is not None and options.backend.kernels == "auto":
+    elif config.lora is not None and options.backend.kernels == "auto":
         join_adapters(model)
     chosen, _ = attention_for_packing(model, options, packing)
     if chosen is not None:

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
+from nemo_automodel.config import load_config
+from nemo_automodel.recipes.building import build_parts
+from nemo_automodel.recipes.meshes import build_mesh
+from nemo_automodel.recipes.train import TrainConfig
 from tests.distributed.equality import (
     SABOTAGE,
     assert_equal_training,
@@ -41,6 +46,7 @@ CASES: list[Case] = [
     ("qwen2 untied", {"tp": 2}, {**DORA, **PACKED}),
     ("llama tied", {"tp": 2, "dp_shard": 2}, LORA),
     ("phi3 untied", {"tp": 2}, DORA),
+    ("llama tied", {"dp_replicate": 2}, LORA),
     ("llama tied", {"cp": 4}, PACKED),
     ("llama untied", {"cp": 2, "tp": 2}, PACKED),
     ("qwen2 untied", {"cp": 2}, RING),
@@ -123,6 +129,21 @@ def test_compiled_layers_train_the_same(mesh: dict[str, int], more: dict[str, An
     record(words_of({**options, "output_dir": tmp_path / "one"}), tmp_path / "one-tensors")
     options["model.compile"] = "true"
     assert_equal_training(tmp_path, options, mesh, math.prod(mesh.values()), "_without_inductor")
+
+
+def _cut(words: list[str]) -> list[set[bool]]:
+    """Whether those that are frozen, and those that are trained, are FSDP's."""
+    config, device = load_config(TrainConfig, None, words), torch.device("cpu")
+    model = build_parts(config, None, device, build_mesh(config, device))[0]
+    return [
+        {isinstance(p, DTensor) for p in model.parameters() if p.requires_grad is trained} for trained in (False, True)
+    ]
+
+
+def test_fsdp_copies_nothing_that_is_frozen_where_copies_are_whole(tmp_path: Path) -> None:
+    options = options_of(tmp_path, "llama", True, output_dir=tmp_path / "run", **LORA)
+    for mesh, frozen in (({"mesh.dp_replicate": 2}, {False}), ({"mesh.dp_shard": 2}, {True})):
+        assert run_ranks(2, _cut, words_of(options | mesh)) == [[frozen, {True}]] * 2
 
 
 MESHES: list[dict[str, int]] = [{"pp": 2}, {"tp": 2}, {"tp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}]

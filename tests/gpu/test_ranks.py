@@ -25,6 +25,7 @@ MESHES: list[dict[str, Any]] = [{"cp": 2}, {"tp": 2}, {"dp_shard": 2}, {"dp_repl
 SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
 PIPELINES: list[dict[str, Any]] = [{"pp": 2, "pp_schedule": schedule} for schedule in SCHEDULES]
 PACKED = {"data__packing": "true", "data__max_length": 96}
+ADAPTERS = {"lora__r": 8}  # which are joined with their weights
 
 
 def _through_nccl(folder: Path, function: Callable[..., None], *args: Any) -> None:
@@ -57,7 +58,14 @@ def test_two_gpus_train_what_one_trains(mesh: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("mesh", "options"),
-    [({"cp": 2}, PACKED), ({"cp": 2, "cp_method": "ring"}, {}), ({"tp": 2}, PACKED), (PIPELINES[-1], {})],
+    [
+        ({"cp": 2}, PACKED),
+        ({"cp": 2, "cp_method": "ring"}, {}),
+        ({"tp": 2}, PACKED),
+        (PIPELINES[-1], {}),
+        ({"dp_replicate": 2}, ADAPTERS),
+        (PIPELINES[0], ADAPTERS),
+    ],
     ids=str,
 )
 def test_two_gpus_train_in_half_precision(

@@ -36,6 +36,8 @@ def join_ranks(device: torch.device) -> torch.device:
 def fully_shard_layers(model: nn.Module, layer_classes: set[str], mesh: DeviceMesh, cpu_offload: bool = False) -> None:
     """Shard ``model`` over the ranks of ``mesh``, layer by layer; the ranks' gradients are averaged, in fp32 at least.
 
+    Where copies are whole, what is frozen stays outside, and where it is: FSDP would copy it for each use.
+
     Args:
         model: on the meta device (its weights are then read shard by shard), or whole on every rank.
         layer_classes: class names of the layers that are gathered one at a time.
@@ -52,6 +54,8 @@ def fully_shard_layers(model: nn.Module, layer_classes: set[str], mesh: DeviceMe
     options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=dtype)}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    elif mesh.ndim == 2 and mesh.size(1) == 1:
+        options["ignored_params"] = {each for each in model.parameters() if not each.requires_grad}
     for module in (*layers, model):
         # the outermost too, which torch would leave gathered after a forward pass: what is not sharded is not saved
         fully_shard(module, mesh=mesh, reshard_after_forward=True, **options)

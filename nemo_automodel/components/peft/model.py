@@ -113,7 +113,7 @@ def quantize_base(model: nn.Module) -> None:
 
 
 def join_adapters(model: nn.Module) -> None:
-    """Let the kernels compute every adapter inside its layer's own product; for whole weights on one GPU."""
+    """Let the kernels compute adapters inside their layers' own products, where a weight is whole on this GPU."""
     for _, layer in lora_layers(model):
         if layer.can_join():
             layer.join()
