@@ -93,7 +93,7 @@ def build_model(
     asked = ATTENTIONS.get(options.backend.attn) if named is None else BY_IMPLEMENTATION.get(named)
     refuse(asked, Need(device=device, dtype=dtype, backward=True, packing=packing, tp=mesh.tp, cp=mesh.cp))
     if config.lora is not None and config.lora.base_dtype == "float8":
-        _check_float8(device, several)
+        _check_float8(device)
     if options.float8 != "off":
         check_float8(device)
         if mesh.tp > 1:
@@ -166,9 +166,7 @@ def build_optimizer(model: nn.Module | Pipeline, optim: OptimConfig, seed: int, 
     return MasterAdamW(trained, optim, seed, ranks=mesh.stage)
 
 
-def _check_float8(device: torch.device, several: bool) -> None:
-    if several:
-        raise ValueError("lora.base_dtype=float8 trains on one process; on several leave it at auto")
+def _check_float8(device: torch.device) -> None:
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         raise ValueError(
             f"lora.base_dtype=float8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); this one has "

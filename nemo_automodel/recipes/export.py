@@ -48,10 +48,6 @@ def export_trained(
             save_adapter(model, folder, config.lora, config.model.path, writes=together.leads)
 
         adapter = publish_folder(config.output_dir / "adapter", write_adapter, together=together)
-        if config.lora.base_dtype == "float8":  # what was rounded for training must not reach the export
-            model = NeMoAutoModelForCausalLM.from_pretrained(
-                config.model.path, adapter=adapter, dtype=model.dtype, device="cpu"
-            )
         merge_lora(model)
     return _publish_model(model, tokenizer, config.output_dir / "hf", together), adapter
 
@@ -62,7 +58,7 @@ def export_from(
     config: "TrainConfig",
     dtype: torch.dtype,
 ) -> tuple[Path, Path | None]:
-    """The same from a checkpoint, by the leading rank, while the others wait: where no rank has the whole model.
+    """The same from a checkpoint, by the leading rank, while the others wait: where none has the model's own weights.
 
     Args:
         checkpoint: the run's last.

@@ -407,9 +407,10 @@ class Run:
 
     def export(self) -> tuple[Path, Path | None]:
         """Write the weights that were saved last; the model may be merged then, and is not trained further."""
-        if self.mesh.pp == 1:
+        lora = self.config.lora
+        if self.mesh.pp == 1 and (lora is None or lora.base_dtype == "auto"):
             return export_trained(self.model, self.tokenizer, self.config)
-        # no rank has the whole model
+        # no rank has all weights, or those that were rounded to float8
         return export_from(self.checkpoints.latest(), self.tokenizer, self.config, self.model.dtype)
 
     def _tensors(self) -> dict[str, torch.Tensor]:

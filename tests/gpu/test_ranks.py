@@ -64,6 +64,7 @@ def test_two_gpus_train_what_one_trains(mesh: dict[str, Any], tmp_path: Path) ->
         ({"tp": 2}, PACKED),
         (PIPELINES[-1], {}),
         ({"dp_replicate": 2}, ADAPTERS),
+        ({"dp_replicate": 2}, {**ADAPTERS, "lora__base_dtype": "float8"}),
         (PIPELINES[0], ADAPTERS),
     ],
     ids=str,
@@ -71,7 +72,8 @@ def test_two_gpus_train_what_one_trains(mesh: dict[str, Any], tmp_path: Path) ->
 def test_two_gpus_train_in_half_precision(
     mesh: dict[str, Any], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SHAPE, "head_dim", 16)  # flash attention takes multiples of 8
+    monkeypatch.setitem(SHAPE, "head_dim", 16)  # flash attention takes multiples of 8, float8 of 16
+    monkeypatch.setitem(SHAPE, "intermediate_size", 48)
     _train(tmp_path, mesh, model__dtype="bfloat16", **options)
     one, several = (load_file(tmp_path / name / "0.safetensors") for name in ("one-tensors", "tensors"))
     torch.testing.assert_close(several["loss"], one["loss"], rtol=1e-2, atol=0)

@@ -31,6 +31,13 @@ REFUSED = [
     (2, {"model__cpu_offload": "true"}, r"model.cpu_offload moves FSDP's shards off GPUs, and here is cpu, dp_shard=2"),
     (
         2,
+        {"lora__base_dtype": "float8"},
+        r"float8 is for .* whole on a GPU, not with mesh.dp_shard=2: .*mesh.dp_replicate",
+    ),
+    (2, {"lora__base_dtype": "float8", "mesh__cp": 2}, r"not with mesh.cp=2"),
+    (2, {"lora__base_dtype": "float8", "mesh__tp": 2}, r"not with mesh.tp=2"),
+    (
+        2,
         {"mesh__tp": 2, "data__packing": "true", "data__max_length": 95},
         r"data.max_length=95 must be a multiple of 2",
     ),

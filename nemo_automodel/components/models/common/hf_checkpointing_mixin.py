@@ -65,6 +65,11 @@ class HFCheckpointingMixin(_Base):
 
     state_dict_adapter: CombinedProjectionStateDictAdapter
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its states, and of its parameters but those in float8: a pipeline's stage may begin with such a one."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.itemsize > 1)
+
     @classmethod
     def from_config(
         cls, config: PreTrainedConfig, backend: BackendConfig | Mapping[str, Any] | None = None, **kwargs: Any
