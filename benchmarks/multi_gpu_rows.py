@@ -133,11 +133,13 @@ def equality(ranks: int, tiny: bool) -> Iterator[Row]:
 def speed(ranks: int, tiny: bool) -> Iterator[Row]:
     """Llama-3-8B: all weights under FSDP2, adapters under dp and tp, beside transformers' FSDP through accelerate."""
 
-    def row(series: str, count: int, rows: int, length: int, words: str, does: str = "speed", **more: Any) -> Row:
+    def row(
+        name: str, count: int, rows: int, length: int, words: str, does: str = "speed", series: str = "", **more: Any
+    ) -> Row:
         own = _SHORTER[length] if tiny else length
         words = f"--train.batch_size {rows} --data.max_length {own} {words}"
-        values = {"series": series, "rows": rows, "length": own}
-        return Row(section="speed", name=series, ranks=count, does=does, model="8b", words=words, values=values, **more)
+        values = {"series": series or name, "rows": rows, "length": own}
+        return Row(section="speed", name=name, ranks=count, does=does, model="8b", words=words, values=values, **more)
 
     for length, each in ((4096, 2), (8192, 1)):  # as many tokens for each GPU
         for count in counts(ranks):
@@ -145,16 +147,24 @@ def speed(ranks: int, tiny: bool) -> Iterator[Row]:
         for name, words in (("selective", "--model.gradient_checkpointing selective"), ("all kept", "")):
             yield row(f"full, {length}, FSDP2, {name}", ranks, each * ranks, length, words)
         yield row(f"full, {length}, accelerate FSDP2", ranks, each * ranks, length, RECOMPUTED, "accelerate")
-    for count in counts(ranks):
-        yield row("LoRA, 4096, dp (sharded)", count, 2 * count, 4096, LORA)
-    tp = f"{LORA} --mesh.tp {ranks}"
-    yield row("LoRA, 4096, dp (replicated)", ranks, 2 * ranks, 4096, f"{LORA} --mesh.dp_replicate {ranks}")
+    for series, words in (("LoRA, 4096", LORA), ("LoRA, 4096, float8", f"{LORA} --lora.base_dtype float8")):
+        yield row(f"{series}, one GPU", 1, 2, 4096, words, series=series)
+        for count in counts(ranks)[1:]:
+            copies = f"{words} --mesh.dp_replicate {count}"
+            yield row(f"{series}, dp (replicated)", count, 2 * count, 4096, copies, series=series)
+    for count in counts(ranks)[1:]:
+        yield row("LoRA, 4096, dp (sharded)", count, 2 * count, 4096, LORA, series="LoRA, 4096")
     yield row("LoRA, 4096, accelerate FSDP2", ranks, 2 * ranks, 4096, LORA, "accelerate")
-    yield row("LoRA, 4096, tp, sequence parallel", ranks, 2, 4096, tp)
-    yield row("LoRA, 4096, tp, no sequence parallel", ranks, 2, 4096, f"{tp} --mesh.sequence_parallel false")
-    yield row("LoRA, 4096, tp, compiled", ranks, 2, 4096, f"{tp} --model.compile true")
+    ways = {
+        "sequence parallel": "",
+        "no sequence parallel": "--mesh.sequence_parallel false",
+        "compiled": "--model.compile true",
+    }
+    for name, words in ways.items():  # one GPU's work, shared
+        words = f"{LORA} --mesh.tp {ranks} {words}"
+        yield row(f"LoRA, 4096, tp, {name}", ranks, 2, 4096, words, series="LoRA, 4096")
     reason = "not offered: torch's async tensor parallelism was slower here, with losses that were off (RESULTS.md)"
-    yield row("LoRA, 4096, tp, async overlap", ranks, 2, 4096, tp, skipped=reason)
+    yield row("LoRA, 4096, tp, async overlap", ranks, 2, 4096, f"{LORA} --mesh.tp {ranks}", skipped=reason)
 
 
 def cp(ranks: int, tiny: bool) -> Iterator[Row]:
