@@ -35,7 +35,7 @@ from nemo_automodel.components.kernels.gated import gated, gated_forward, gated_
 from nemo_automodel.components.kernels.qkv_rope import split_and_turn, split_and_turn_reference
 from nemo_automodel.components.layout import GATE_UP
 from nemo_automodel.components.loss import next_token_loss
-from nemo_automodel.components.peft import LoRAConfig, apply_lora, join_adapters
+from nemo_automodel.components.peft import LoRAConfig, LoRALinear, apply_lora, join_adapters
 from tests.components.kernels.cases import (
     BF16,
     FP32,
@@ -45,6 +45,7 @@ from tests.components.kernels.cases import (
     counted,
     distance,
     gated_case,
+    learnt,
     linear_case,
     loss_case,
     mlp_case,
@@ -478,6 +479,23 @@ def test_a_bf16_model_is_no_further_from_float64_than_with_torch(
     for name in ("kernels", "joined") if adapters else ("kernels",):
         assert 0 < means[name] <= 1.05 * means["torch"], means
         assert means[f"{name}, loss"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"join": True}, {"float8": True}, {"kernels": False}, {"kernels": False, "dora": True}],
+    ids=["apart", "joined", "float8", "torch", "DoRA"],
+)
+def test_what_adapters_learn_at_first_is_not_lost_in_rounding(options: dict[str, bool]) -> None:
+    """Of an update below half of a bf16 step; of peft's 0.06 is left."""
+    assert learnt("cuda", **options) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_compiled_layers_do_not_lose_it_either(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor could take sum and product apart."""
+    monkeypatch.setattr(LoRALinear, "forward", torch.compile(LoRALinear.forward))
+    assert learnt("cuda", kernels=kernels) == pytest.approx(1, abs=0.2)
 
 
 FUSED: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -250,9 +250,8 @@ class _Linear(torch.autograd.Function):
                 whole[:, width:] = t
                 y = F.linear(whole, joined, bias)
             else:
-                y = _base(x, weight, bias, low_rank.scale)
-                # not in place: selective checkpointing keeps the product, and takes it for it in the backward pass
-                y = _add_product(y, t, b.t(), torch.empty_like(y))
+                y = _mm_and_low_rank(x, weight, low_rank.scale, t, b.t())
+                y = y if bias is None else y + bias
         normed = recipe if isinstance(recipe, Normed) else None
         # the parameters only so that autograd sees it if a step changes them before the backward pass
         ctx.save_for_backward(
@@ -300,7 +299,7 @@ class _Linear(torch.autograd.Function):
                 of_a = None if grad_t is None else grad_t.t() @ x
         else:
             if grad_t is not None and with_source:
-                _add_product(grad_x, grad_t, a, grad_x)
+                add_product(grad_x, grad_t, a, grad_x)
             if isinstance(recipe, tuple) and with_weight:
                 x = torch.empty_like(flat)
                 add_norm_forward(flat, None, norm_weight, None, x, None, *recipe)
@@ -340,17 +339,17 @@ def _through_gate(
     return grad_gate_up, of_a
 
 
-def _add_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """``x + left @ right`` into ``out``."""
-    return add_product(x, left, right, out) if runs_on(x) else torch.addmm(x, left, right, out=out)
+# named as products are, for selective checkpointing to keep; torch's own would be changed in place after it kept them
+@torch.library.custom_op("nemo_automodel::mm_and_low_rank", mutates_args=())
+def _mm_and_low_rank(x: Tensor, weight: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``x W^T + left @ right``, rounded once; with ``scale`` the weight is in float8, and so is ``x`` in its product.
 
-
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-    """``x W^T + bias``; with ``scale`` the weight is in float8, and so are the product's operands."""
+    Added to a rounded product, what is below half of its last bit would be lost: all of what adapters learn at first.
+    """
     if scale is None:
-        return F.linear(x, weight, bias)
-    y = product(*quantized(x), weight, scale, x.dtype)
-    return y if bias is None else y + bias
+        return (left @ right).addmm_(x, weight.t())
+    y = product(*quantized(x), weight, scale, torch.float32)
+    return add_product(y, left, right, x.new_empty(y.shape))
 
 
 def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

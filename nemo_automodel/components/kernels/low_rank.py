@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_automodel.components.kernels.adamw import queued
-from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, tl
+from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, runs_on, tl
 
 BLOCK = 2048
 """Elements of a parameter that one program moves."""
@@ -158,14 +158,17 @@ def add_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     No operator of torch, which would take longer to call than the kernel to launch.
 
     Args:
-        x: ``[rows, n]``, whose rows may lie apart.
+        x: ``[rows, n]``, whose rows may lie apart; also in fp32 where all others are in less.
         left: ``[rows, r]``, likewise.
         right: ``[r, n]``, with any strides.
-        out: like ``x``, or ``x`` itself.
+        out: ``[rows, n]``, or ``x`` itself.
     """
     (count, width), rank = x.shape, right.shape[0]
-    if rank > HIGHEST_RANK or (x.dtype == torch.float32 and not INTERPRETED):  # fp32's exact products want registers
-        return torch.addmm(x, left, right, out=out)
+    exact = left.dtype == torch.float32 and not INTERPRETED  # such products want registers
+    if exact or rank > HIGHEST_RANK or not runs_on(x):
+        if x.dtype == left.dtype:
+            return torch.addmm(x, left, right, out=out)
+        return out.copy_(torch.addmm(x, left.to(x.dtype), right.to(x.dtype)))
     if x.numel():
         tile, block, warps = TILE
         add_product_kernel[(-(-count // tile) * -(-width // block),)](

@@ -118,16 +118,13 @@ class LoRALinear(nn.Linear):
         # items: Dynamo takes a ParameterDict for a list of pairs, and leaves the graph
         a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B.items()))
         dropped = self.dropout(x)
-        if not self.dora:
-            base = F.linear(x, self.weight, self.bias)
-            return (base + F.linear(F.linear(dropped.to(a.dtype), a), b)).to(base.dtype)
-        base = F.linear(x, self.weight)
-        # peft: magnitudes act on what the adapters' dropout lets through, the base product stays whole
-        seen = base if dropped is x else F.linear(dropped, self.weight)
         update = F.linear(F.linear(dropped.to(a.dtype), a), b)
-        factor = self._factor(self.weight, a, b, dict(self.lora_magnitude.items()))
-        out = (seen + update) * factor if dropped is x else base + (factor - 1) * seen + factor * update
-        return (out if self.bias is None else out + self.bias).to(base.dtype)
+        out = adapted = _added(update, dropped if self.dora else x, self.weight)
+        if self.dora:
+            out = adapted * self._factor(self.weight, a, b, dict(self.lora_magnitude.items()))
+            if dropped is not x:  # peft: magnitudes act on what dropout lets through, the base product stays whole
+                out = out + F.linear(x - dropped, self.weight)
+        return (out if self.bias is None else out + self.bias).to(adapted.dtype)
 
     def _fuses(self, x: Tensor | Gated) -> bool:
         """Whether the kernels compute this layer, whose gradients are then those of plain LoRA."""
@@ -338,6 +335,12 @@ class LoRALinear(nn.Linear):
         """torch's line for a linear layer, and the adapters."""
         ranks = ", ".join(f"{part} r={update.r}" for part, update in self.updates.items())
         return f"{super().extra_repr()}, {'DoRA' if self.dora else 'LoRA'}: {ranks}"
+
+
+def _added(update: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T + update``, rounded once: added to a rounded product, what adapters learn at first would be lost."""
+    y = torch.addmm(update.to(x.dtype).reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1]), weight.t())
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _factors(layer: LoRALinear, a: Sequence[Tensor], b: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

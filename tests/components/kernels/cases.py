@@ -467,3 +467,28 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(function, "apply", staticmethod(apply))
     return calls
+
+
+@torch.no_grad()
+def learnt(device: str = "cpu", *, join: bool = False, float8: bool = False, **options: Any) -> float:
+    """How much of an update as small as AdamW's first a layer's output in bf16 shows in the mean: 1 is all of it."""
+    torch.manual_seed(0)
+    base = linear_module.Linear(512, 768, dtype=BF16, device=device)
+    base.kernels = options.pop("kernels", True)
+    nn.init.normal_(base.weight, std=0.02)
+    layer = LoRALinear(base, "up_proj", {"up_proj": Update(16, 32.0)}, None, **options)
+    a, b = layer.lora_A["up_proj"], layer.lora_B["up_proj"]
+    nn.init.uniform_(a, -(512**-0.5), 512**-0.5)
+    for magnitude in layer.lora_magnitude.values():
+        magnitude.copy_(layer.weight.norm(dim=1))
+    if float8:
+        layer.quantize()
+    elif join:
+        layer.join()
+    x = torch.randn(512, 512, device=device).to(BF16)
+    outputs = []
+    for value in (0.0, 1e-5):
+        b.copy_(torch.randn(b.shape, device=device).sign() * value)
+        outputs.append(layer(x).double())
+    exact = 2.0 * x.double() @ a.double().t() @ b.double().t()
+    return (((outputs[1] - outputs[0]) * exact).sum() / exact.square().sum()).item()
