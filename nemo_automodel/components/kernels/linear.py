@@ -250,7 +250,7 @@ class _Linear(torch.autograd.Function):
                 whole[:, width:] = t
                 y = F.linear(whole, joined, bias)
             else:
-                y = _mm_and_low_rank(x, weight, low_rank.scale, t, b.t())
+                y = mm_and_low_rank(x, weight, low_rank.scale, t, b.t())
                 y = y if bias is None else y + bias
         normed = recipe if isinstance(recipe, Normed) else None
         # the parameters only so that autograd sees it if a step changes them before the backward pass
@@ -339,17 +339,40 @@ def _through_gate(
     return grad_gate_up, of_a
 
 
-# named as products are, for selective checkpointing to keep; torch's own would be changed in place after it kept them
+# named as products are, for selective checkpointing to keep; made by a kernel of ours, it would be computed again
 @torch.library.custom_op("nemo_automodel::mm_and_low_rank", mutates_args=())
-def _mm_and_low_rank(x: Tensor, weight: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """``x W^T + left @ right``, rounded once; with ``scale`` the weight is in float8, and so is ``x`` in its product.
+def mm_and_low_rank(x: Tensor, weight: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``x W^T + left @ right``, rounded once: beside a rounded product, what adapters learn at first would be lost.
 
-    Added to a rounded product, what is below half of its last bit would be lost: all of what adapters learn at first.
+    (It is below half of its last bit. torch's ``addmm`` adds to what is rounded, too, on a GPU.)
+
+    Args:
+        x: ``[rows, in]``.
+        weight: ``[out, in]``.
+        scale: of a weight in float8, as `LowRank` has it; None: it is in the dtype of ``x``.
+        left: ``[rows, r]``.
+        right: ``[r, out]``.
     """
-    if scale is None:
-        return (left @ right).addmm_(x, weight.t())
-    y = product(*quantized(x), weight, scale, torch.float32)
+    y = in_fp32(x, weight.t()) if scale is None else product(*quantized(x), weight, scale, torch.float32)
     return add_product(y, left, right, x.new_empty(y.shape))
+
+
+@mm_and_low_rank.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, left, right = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, left, right)
+
+
+def _through_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, left, right = ctx.saved_tensors
+    return grad @ weight, None if x is None else grad.t() @ x, None, grad @ right.t(), left.t() @ grad
+
+
+mm_and_low_rank.register_autograd(_through_sum, setup_context=_keep)
 
 
 def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nemo_automodel.components.kernels.float8 import quantized_reference
 from nemo_automodel.components.kernels.launch import runs_on
-from nemo_automodel.components.kernels.linear import Gated, can_run, linear
+from nemo_automodel.components.kernels.linear import Gated, can_run, linear, mm_and_low_rank
 from nemo_automodel.components.kernels.low_rank import Place, pack, unpack
 from nemo_automodel.components.layout import Fusion
 from nemo_automodel.components.peft.config import Update
@@ -118,13 +118,21 @@ class LoRALinear(nn.Linear):
         # items: Dynamo takes a ParameterDict for a list of pairs, and leaves the graph
         a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B.items()))
         dropped = self.dropout(x)
-        update = F.linear(F.linear(dropped.to(a.dtype), a), b)
-        out = adapted = _added(update, dropped if self.dora else x, self.weight)
+        out = adapted = self._added(dropped if self.dora else x, F.linear(dropped.to(a.dtype), a), b)
         if self.dora:
             out = adapted * self._factor(self.weight, a, b, dict(self.lora_magnitude.items()))
             if dropped is not x:  # peft: magnitudes act on what dropout lets through, the base product stays whole
                 out = out + F.linear(x - dropped, self.weight)
         return (out if self.bias is None else out + self.bias).to(adapted.dtype)
+
+    def _added(self, x: Tensor, t: Tensor, b: Tensor) -> Tensor:
+        """``x W^T + t b^T``, rounded once where that can be had."""
+        rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], self.weight.shape[0])
+        together = [rows, t.reshape(-1, t.shape[-1]), self.weight, b]
+        alike = len({tensor.dtype for tensor in together}) == 1 and not torch.is_autocast_enabled(x.device.type)
+        if self.kernels and alike and runs_on(*together):
+            return mm_and_low_rank(rows, self.weight, None, together[1], b.t()).view(shape)
+        return torch.addmm(F.linear(together[1], b).to(x.dtype), rows, self.weight.t()).view(shape)
 
     def _fuses(self, x: Tensor | Gated) -> bool:
         """Whether the kernels compute this layer, whose gradients are then those of plain LoRA."""
@@ -335,12 +343,6 @@ class LoRALinear(nn.Linear):
         """torch's line for a linear layer, and the adapters."""
         ranks = ", ".join(f"{part} r={update.r}" for part, update in self.updates.items())
         return f"{super().extra_repr()}, {'DoRA' if self.dora else 'LoRA'}: {ranks}"
-
-
-def _added(update: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``x W^T + update``, rounded once: added to a rounded product, what adapters learn at first would be lost."""
-    y = torch.addmm(update.to(x.dtype).reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1]), weight.t())
-    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _factors(layer: LoRALinear, a: Sequence[Tensor], b: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
