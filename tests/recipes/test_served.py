@@ -150,22 +150,31 @@ def test_which_attention_auto_takes(
     assert attention_for_packing(model_of(config_class), options, packing) == (None, reason)
 
 
-FASTER = "packed documents without a mask; te is faster, but"
-INSTALL = "needs Transformer Engine, which is not installed: pip install --no-build-isolation 'transformer_engine"
+WITHOUT = "packed documents without a mask; "
+FLASH4 = "flash4 (needs FlashAttention 4, which is not installed: pip install --pre flash-attn-4)"
+INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
+TE = f"te (needs Transformer Engine, which is not installed: {INSTALL})"
+DTYPES = "has no kernel for float64 on cpu, only for "
+
+
+def both(reason: str) -> str:
+    return f"{WITHOUT}faster are flash4 ({reason}) and te ({reason})"
 
 
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("there", ("te", "packed documents without a mask, the fastest")),
-        ("not installed", ("varlen", f"packed documents without a mask; te is faster, but {INSTALL}[pytorch]'")),
-        ("broken", ("varlen", "packed documents without a mask; te is faster, but does not load: libcudnn.so")),
-        ("older", ("varlen", "packed documents without a mask; te is faster, but was measured on Hopper only")),
-        ("newer", ("varlen", "packed documents without a mask; te is faster, but was measured on Hopper only")),
-        ("selective", ("varlen", f"{FASTER} would be computed again by selective checkpointing")),
-        ("deterministic", ("varlen", f"{FASTER} was not measured where steps are deterministic")),
-        ("compiled", ("varlen", "packed documents without a mask; te is faster, but cuts compiled layers in two")),
-        ("float64", ("varlen", "packed documents without a mask; te is faster, but has no kernel for float64 on cpu")),
+        ("there", ("flash_attention_4", f"{WITHOUT}the fastest")),
+        ("flash4 not installed", ("te", f"{WITHOUT}faster is {FLASH4}")),
+        ("flash4 broken", ("te", f"{WITHOUT}faster is flash4 (does not load: No module named 'flash_attn')")),
+        ("not installed", ("varlen", f"{WITHOUT}faster are {FLASH4} and {TE}")),
+        ("broken", ("varlen", both("does not load: libcudnn.so"))),
+        ("older", ("varlen", both("was measured on Hopper only"))),
+        ("newer", ("varlen", both("was measured on Hopper only"))),
+        ("selective", ("varlen", both("would be computed again by selective checkpointing"))),
+        ("deterministic", ("varlen", both("was not measured where steps are deterministic"))),
+        ("compiled", ("varlen", both("cuts compiled layers in two"))),
+        ("float64", ("varlen", both(f"{DTYPES}bfloat16 and float16 on cuda"))),
     ],
 )
 def test_packed_documents_are_for_the_fastest_that_runs(
@@ -173,17 +182,25 @@ def test_packed_documents_are_for_the_fastest_that_runs(
 ) -> None:
     if case != "float64":
         runs_anywhere(monkeypatch, "te")
-    monkeypatch.setattr(Package, "installed", lambda self: case != "not installed")
-    monkeypatch.setattr(served, "why_not_loaded", lambda: "does not load: libcudnn.so" if case == "broken" else None)
+        runs_anywhere(monkeypatch, "flash4")
+    absent = {
+        "not installed": ("Transformer Engine", "FlashAttention 4"),
+        "flash4 not installed": ("FlashAttention 4",),
+    }
+    monkeypatch.setattr(Package, "installed", lambda self: self.name not in absent.get(case, ()))
+    loads = {name: lambda: "does not load: libcudnn.so" if case == "broken" else None for name in served.FASTER}
+    if case == "flash4 broken":
+        loads["flash4"] = served.FASTER["flash4"]
+    monkeypatch.setattr(served, "FASTER", loads)
     compute = {"older": (8, 0), "newer": (10, 0)}.get(case, (9, 0))
     monkeypatch.setattr(served, "compute_of", lambda device: compute)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: case == "deterministic")
     checkpointing = "selective" if case == "selective" else False
     options = ModelConfig(path="x", compile=case == "compiled", gradient_checkpointing=checkpointing)
     model = model_of(LlamaConfig).double() if case == "float64" else model_of(LlamaConfig)
-    name, why = attention_for_packing(model, options, True)
-    assert (name, why.partition(", only for")[0]) == expected
-    assert served.served(model, options, True)["attention"] == f"sdpa ({why})"
+    found = attention_for_packing(model, options, True)
+    assert found == expected
+    assert served.served(model, options, True)["attention"] == f"sdpa ({found[1]})"
 
 
 def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
@@ -197,8 +214,8 @@ def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
     for name, options in {"auto": {}, "sdpa": {"model__backend__attn": "sdpa"}}.items():
         said: list[str] = []
         run = Run(load_config(TrainConfig, None, overrides(name, **packing, **options)), said.append)
-        slower = "te is faster, but has no kernel for float32 on cpu, only for bfloat16 and float16 on cuda"
-        chosen = f"varlen (packed documents without a mask; {slower})" if name == "auto" else "sdpa (asked for)"
+        slower = both("has no kernel for float32 on cpu, only for bfloat16 and float16 on cuda")
+        chosen = f"varlen ({slower})" if name == "auto" else "sdpa (asked for)"
         assert said[-1] == f"attention: {chosen}; norms, gated MLP, RoPE, loss: torch (no GPU)"
         if name == "auto":
             seen = given_to(run.model.model)

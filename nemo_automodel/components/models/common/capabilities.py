@@ -3,7 +3,7 @@
 It drives the refusals (`refuse`, which names what would do instead), ``docs/backends.md`` and `automodel backends`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -69,13 +69,13 @@ class On(NamedTuple):
 
     Attributes:
         dtypes: of queries, or of activations.
-        head_dims: those that it takes; None: all.
+        head_dims: those that it takes; None: all. A list of some is of those that were tested.
         backward: whether it trains there.
         compute: the lowest compute capability, of a GPU.
     """
 
     dtypes: tuple[torch.dtype, ...] = DOUBLE
-    head_dims: range | None = None
+    head_dims: Sequence[int] | None = None
     backward: bool = True
     compute: tuple[int, int] = (0, 0)
 
@@ -273,7 +273,8 @@ TABLE = (
         what="FlashAttention 4, for Hopper and Blackwell",
         implementation="flash_attention_4",
         package=FLASH4,
-        on={"cuda": On(dtypes=HALF, head_dims=range(8, 257, 8), compute=(9, 0))},
+        # 80 computed a wrong gradient, in silence (4.0.0b36)
+        on={"cuda": On(dtypes=HALF, head_dims=(64, 96, 128, 256), compute=(9, 0))},
         has={**_FLASH, "softcap": "yes"},
     ),
     Capability(
@@ -391,7 +392,7 @@ def _gap_on(capability: Capability, device: torch.device, need: Need) -> Gap | N
     return None
 
 
-def _outside(head_dim: int, taken: range | None) -> bool:
+def _outside(head_dim: int, taken: Sequence[int] | None) -> bool:
     return taken is not None and head_dim not in taken
 
 
@@ -404,14 +405,20 @@ def compute_of(device: torch.device) -> tuple[int, int]:
 
 def dtypes_in_words(dtypes: Iterable[torch.dtype]) -> str:
     """``bfloat16 and float16``."""
-    *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{', '.join(names)} and {last}" if names else last
+    return _in_words(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def head_dims_in_words(taken: range | None) -> str:
-    """``multiples of 8 up to 256``."""
+def _in_words(items: Iterable[Any]) -> str:
+    *before, last = map(str, items)
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def head_dims_in_words(taken: Sequence[int] | None) -> str:
+    """``multiples of 8 up to 256``, or ``64, 96 and 128``."""
     if taken is None:
         return "any"
+    if not isinstance(taken, range):
+        return _in_words(taken)
     upper = f" up to {taken[-1]}" if taken[-1] < 1024 else ""
     if taken.step > 1:
         return f"multiples of {taken.step}{upper}"
