@@ -25,9 +25,10 @@ OPTIMIZER = ("optim.masters=stochastic", "optim.moments=bfloat16")
 TE = ("backend.attn=te", "backend.rms_norm=te", "backend.rope_fusion=true")
 LINEAR = "backend.linear=te"
 """Which takes no adapters."""
-WHOLE = [(), ("backend.attn=te",), ("backend.attn=flash4",), ("backend.attn=varlen",)]
+WITHOUT_MASKS = [(f"backend.attn={name}",) for name in ("te", "flash2", "flash3", "flash4", "varlen")]
+WHOLE = [(), *WITHOUT_MASKS]
 PARTS = [("backend.rms_norm=te",), ("backend.rope_fusion=true",), ("backend.kernels=torch",)]
-PACKED = [(), ("backend.attn=te",), ("backend.attn=flash4",), ("backend.attn=sdpa",)]
+PACKED = [(), *WITHOUT_MASKS, ("backend.attn=sdpa",)]
 ROWS = {
     "llama1b_full": [*WHOLE, (LINEAR,), (*TE, LINEAR), *PARTS],
     "llama8b_lora": [*WHOLE, TE, *PARTS],
