@@ -138,10 +138,11 @@ def build_model(
         model = NeMoAutoModelForCausalLM.from_pretrained(options.path, device=device, prepare=prepare, **common)
         if config.lora is not None:
             init_adapters(model, config.train.seed)
-    if config.lora is not None and config.lora.base_dtype == "float8":
-        quantize_base(model)
-    elif config.lora is not None and options.backend.kernels == "auto":
-        join_adapters(model)
+    if config.lora is not None:
+        if config.lora.base_dtype == "float8":
+            quantize_base(model)
+        elif options.backend.kernels == "auto":
+            join_adapters(model)
     chosen, _ = attention_for_packing(model, options, packing)
     if chosen is not None:
         model.set_attn_implementation(chosen)

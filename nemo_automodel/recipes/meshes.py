@@ -51,11 +51,13 @@ def _check_options(config: "TrainConfig", mesh: Mesh) -> None:
     if config.lora is not None and config.lora.base_dtype == "float8":
         axes = {"dp_shard": mesh.dp_shard, "cp": mesh.cp, "tp": mesh.tp}
         cut = [f"mesh.{axis}={size}" for axis, size in axes.items() if size > 1]
-        if cut or config.model.cpu_offload:
+        if cut:
             raise ValueError(
-                f"lora.base_dtype=float8 is for weights that are whole on a GPU, not with {(*cut, 'cpu_offload')[0]}: "
-                "give the ranks to mesh.dp_replicate or mesh.pp, or leave it at auto"
+                f"lora.base_dtype=float8 is for weights that are whole on a GPU, not with {cut[0]}: give the ranks to "
+                "mesh.dp_replicate or mesh.pp, or leave it at auto"
             )
+        if config.model.cpu_offload:
+            raise ValueError("lora.base_dtype=float8 is for weights that stay on a GPU: set model.cpu_offload=false")
     if config.data.packing and config.data.max_length % (each := mesh.sequence_cut):
         raise ValueError(
             f"data.max_length={config.data.max_length} must be a multiple of {each}, over which {mesh} cuts sequences"

@@ -189,7 +189,11 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def assert_equal_training(
     folder: Path, options: Mapping[str, Any], mesh: Mapping[str, int], ranks: int, sabotage: str = ""
 ) -> None:
-    """The same training in one process and on ``ranks`` of ``mesh``, where a rule of sharding may be broken."""
+    """The same training in one process and on ``ranks`` of ``mesh``, where a rule of sharding may be broken.
+
+    With float8, after the first step, some of what differs by `TOLERANCE` is rounded to another of its few numbers.
+    """
+    tolerance = 5e-2 if options.get("lora.base_dtype") == "float8" else TOLERANCE
     one, several = folder / "one", folder / "several"
     if not one.exists():
         record(words_of({**options, "output_dir": one}), folder / "one-tensors")
@@ -197,10 +201,10 @@ def assert_equal_training(
     run_ranks(ranks, record, words_of({**options, **on_mesh, "output_dir": several}), folder / "tensors", sabotage)
     found = differences(folder / "one-tensors", folder / "tensors")
     worst = max(found, key=lambda name: found[name])
-    assert found[worst] < TOLERANCE, f"{worst} differs by {found[worst]}"
+    assert found[worst] < tolerance, f"{worst} differs by {found[worst]}"
     for kind in ("hf", "adapter"):
         if (one / kind).exists():
             expected, actual = weights(one / kind), weights(several / kind)
             assert expected.keys() == actual.keys()
             for key, value in expected.items():
-                torch.testing.assert_close(actual[key], value, rtol=0, atol=TOLERANCE, msg=lambda m, k=key: f"{k}: {m}")
+                torch.testing.assert_close(actual[key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")

@@ -39,6 +39,7 @@ from nemo_automodel.components.peft import LoRAConfig, LoRALinear, apply_lora, j
 from tests.components.kernels.cases import (
     BF16,
     FP32,
+    LEARNT,
     ODD,
     Case,
     assert_equal,
@@ -481,11 +482,7 @@ def test_a_bf16_model_is_no_further_from_float64_than_with_torch(
         assert means[f"{name}, loss"] < 1e-3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"join": True}, {"float8": True}, {"dora": True}],
-    ids=["apart", "joined", "float8", "DoRA"],
-)
+@pytest.mark.parametrize("options", LEARNT, ids=str)
 def test_what_adapters_learn_at_first_is_not_lost_in_rounding(options: dict[str, bool]) -> None:
     """Of an update below half of a bf16 step; of peft's 0.06 is left."""
     assert learnt("cuda", **options) == pytest.approx(1, abs=0.2)

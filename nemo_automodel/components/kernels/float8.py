@@ -54,6 +54,17 @@ def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor | None, dtype
     return ((a.float() * a_scale) @ (b.float() * b_scale).t()).to(dtype)
 
 
+def unrounded(x: Tensor) -> torch.dtype:
+    """In which `product` gives row-wise scaled products of ``x``: fp32 where torch can, else that of ``x``.
+
+    On GPUs cuBLAS alone can: Hopper, CUDA 12.9 or later.
+    """
+    if not x.is_cuda:
+        return torch.float32
+    cuda = tuple(int(n) for n in (torch.version.cuda or "0").split(".")[:2])
+    return torch.float32 if torch.cuda.get_device_capability(x.device)[0] == 9 and cuda >= (12, 9) else x.dtype
+
+
 def transposed(weight: Tensor) -> Tensor:
     """A contiguous ``[n, m]`` from a float8 ``[m, n]``."""
     return transpose(weight) if weight.is_cuda else weight.view(torch.uint8).t().contiguous().view(FLOAT8)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nemo_automodel.components.kernels.add_norm import add_norm_forward
-from nemo_automodel.components.kernels.float8 import product, quantized, transposed
+from nemo_automodel.components.kernels.float8 import product, quantized, transposed, unrounded
 from nemo_automodel.components.kernels.gated import (
     ACTIVATIONS,
     gated,
@@ -250,8 +250,7 @@ class _Linear(torch.autograd.Function):
                 whole[:, width:] = t
                 y = F.linear(whole, joined, bias)
             else:
-                y = mm_and_low_rank(x, weight, low_rank.scale, t, b.t())
-                y = y if bias is None else y + bias
+                y = mm_and_low_rank(x, weight, low_rank.scale, bias, t, b.t())
         normed = recipe if isinstance(recipe, Normed) else None
         # the parameters only so that autograd sees it if a step changes them before the backward pass
         ctx.save_for_backward(
@@ -339,37 +338,57 @@ def _through_gate(
     return grad_gate_up, of_a
 
 
+BLOCK = 8192
+"""Rows whose products are in fp32 at a time."""
+
+
 # named as products are, for selective checkpointing to keep; made by a kernel of ours, it would be computed again
 @torch.library.custom_op("nemo_automodel::mm_and_low_rank", mutates_args=())
-def mm_and_low_rank(x: Tensor, weight: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """``x W^T + left @ right``, rounded once: beside a rounded product, what adapters learn at first would be lost.
+def mm_and_low_rank(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """``x W^T + bias + left @ right``, rounded once.
 
-    (It is below half of its last bit. torch's ``addmm`` adds to what is rounded, too, on a GPU.)
+    Added to a rounded product, what adapters learn at first would be lost, which is below half of its last bit. (So
+    does torch's ``addmm`` on a GPU; float8's products come rounded where `unrounded` says so.)
 
     Args:
-        x: ``[rows, in]``.
+        x: ``[rows, in]``, in fp32 or half precision as all others are.
         weight: ``[out, in]``.
-        scale: of a weight in float8, as `LowRank` has it; None: it is in the dtype of ``x``.
+        scale: of a weight in float8, as `LowRank` has it, which has no gradient here; None: it is like ``x``.
+        bias: ``[out]``.
         left: ``[rows, r]``.
         right: ``[r, out]``.
     """
-    y = in_fp32(x, weight.t()) if scale is None else product(*quantized(x), weight, scale, torch.float32)
-    return add_product(y, left, right, x.new_empty(y.shape))
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for at in range(0, len(x), BLOCK):
+        some = x[at : at + BLOCK]
+        y = in_fp32(some, weight.t()) if scale is None else product(*quantized(some), weight, scale, unrounded(x))
+        add_product(y, left[at : at + BLOCK], right, out[at : at + BLOCK], bias)
+    return out
 
 
 @mm_and_low_rank.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, left, right = inputs
+    x, weight, _, _, left, right = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, left, right)
 
 
 def _through_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, left, right = ctx.saved_tensors
-    return grad @ weight, None if x is None else grad.t() @ x, None, grad @ right.t(), left.t() @ grad
+    of_x, of_weight, _, of_bias, of_left, of_right = ctx.needs_input_grad
+    return (
+        grad @ weight if of_x else None,
+        grad.t() @ x if of_weight else None,
+        None,
+        grad.sum(0) if of_bias else None,
+        grad @ right.t() if of_left else None,
+        left.t() @ grad if of_right else None,
+    )
 
 
 mm_and_low_rank.register_autograd(_through_sum, setup_context=_keep)

@@ -152,8 +152,8 @@ def low_rank_unpack_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + at, (value * scale).to(WHOLE.dtype.element_ty), mask=inside)
 
 
-def add_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """``x + left @ right`` into ``out``, rounded once: bound by their memory, which torch's ``addmm`` uses by half.
+def add_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x + left @ right + bias`` into ``out``, rounded once: bound by their memory, of which ``addmm`` uses half.
 
     No operator of torch, which would take longer to call than the kernel to launch.
 
@@ -162,27 +162,33 @@ def add_product(x: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         left: ``[rows, r]``, likewise.
         right: ``[r, n]``, with any strides.
         out: ``[rows, n]``, or ``x`` itself.
+        bias: ``[n]``.
     """
     (count, width), rank = x.shape, right.shape[0]
     exact = left.dtype == torch.float32 and not INTERPRETED  # such products want registers
     if exact or rank > HIGHEST_RANK or not runs_on(x):
         if x.dtype == left.dtype:
-            return torch.addmm(x, left, right, out=out)
-        return out.copy_(torch.addmm(x, left.to(x.dtype), right.to(x.dtype)))
+            total = torch.addmm(x, left, right, out=out)
+        elif x.is_cuda:
+            total = torch.addmm(x, left, right, out_dtype=x.dtype)
+        else:
+            total = torch.addmm(x, left.to(x.dtype), right.to(x.dtype))
+        return out.copy_(total if bias is None else total.add_(bias))
     if x.numel():
         tile, block, warps = TILE
         add_product_kernel[(-(-count // tile) * -(-width // block),)](
-            x, out, left, right, count, width, rank,
+            x, out, left, right, right if bias is None else bias, count, width, rank,
             x.stride(0), out.stride(0), left.stride(0), right.stride(0), right.stride(1),
-            RANK=max(16, power_of_two(rank)), ROWS=tile, BLOCK=block, WIDE=INTERPRETED, num_warps=warps,
+            RANK=max(16, power_of_two(rank)), ROWS=tile, BLOCK=block, WIDE=INTERPRETED, WITH_BIAS=bias is not None,
+            num_warps=warps,
         )  # fmt: skip
     return out
 
 
 @jit
 def add_product_kernel(  # type: ignore[no-untyped-def]
-    X, OUT, LEFT, RIGHT, count, width, rank, x_stride, out_stride, left_stride, right_stride, right_step,
-    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    X, OUT, LEFT, RIGHT, BIAS, count, width, rank, x_stride, out_stride, left_stride, right_stride, right_step,
+    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, WITH_BIAS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -197,4 +203,6 @@ def add_product_kernel(  # type: ignore[no-untyped-def]
         total += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     else:
         total += tl.dot(left, right, input_precision="ieee")
+    if WITH_BIAS:
+        total += tl.load(BIAS + cols, mask=cols < width, other=0.0).to(tl.float32)
     tl.store(OUT + row * out_stride + cols, total.to(OUT.dtype.element_ty), mask=inside)

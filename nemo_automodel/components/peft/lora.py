@@ -118,21 +118,26 @@ class LoRALinear(nn.Linear):
         # items: Dynamo takes a ParameterDict for a list of pairs, and leaves the graph
         a, b = _factors(self, list(self.lora_A.values()), dict(self.lora_B.items()))
         dropped = self.dropout(x)
-        out = adapted = self._added(dropped if self.dora else x, F.linear(dropped.to(a.dtype), a), b)
-        if self.dora:
-            out = adapted * self._factor(self.weight, a, b, dict(self.lora_magnitude.items()))
-            if dropped is not x:  # peft: magnitudes act on what dropout lets through, the base product stays whole
-                out = out + F.linear(x - dropped, self.weight)
+        left = F.linear(dropped.to(a.dtype), a)
+        if not self.dora:
+            return self._added(x, left, b, self.bias)
+        adapted = self._added(dropped, left, b, None)
+        out = adapted * self._factor(self.weight, a, b, dict(self.lora_magnitude.items()))
+        if dropped is not x:  # peft: magnitudes act on what dropout lets through, the base product stays whole
+            out = out + F.linear(x - dropped, self.weight)
         return (out if self.bias is None else out + self.bias).to(adapted.dtype)
 
-    def _added(self, x: Tensor, t: Tensor, b: Tensor) -> Tensor:
-        """``x W^T + t b^T``, rounded once where that can be had."""
-        rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], self.weight.shape[0])
-        together = [rows, t.reshape(-1, t.shape[-1]), self.weight, b]
-        alike = len({tensor.dtype for tensor in together}) == 1 and not torch.is_autocast_enabled(x.device.type)
-        if self.kernels and alike and runs_on(*together):
-            return mm_and_low_rank(rows, self.weight, None, together[1], b.t()).view(shape)
-        return torch.addmm(F.linear(together[1], b).to(x.dtype), rows, self.weight.t()).view(shape)
+    def _added(self, x: Tensor, left: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + left b^T + bias``, rounded once where that can be had."""
+        rows, left = x.reshape(-1, x.shape[-1]), left.reshape(-1, left.shape[-1])
+        tensors = (rows, self.weight, left, b, *(() if bias is None else (bias,)))
+        alike = len({tensor.dtype for tensor in tensors}) == 1 and not torch.is_autocast_enabled(x.device.type)
+        if self.kernels and alike and runs_on(*tensors):
+            y = mm_and_low_rank(rows, self.weight, None, bias, left, b.t())
+        else:
+            y = torch.addmm(F.linear(left, b).to(x.dtype), rows, self.weight.t())
+            y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], self.weight.shape[0])
 
     def _fuses(self, x: Tensor | Gated) -> bool:
         """Whether the kernels compute this layer, whose gradients are then those of plain LoRA."""

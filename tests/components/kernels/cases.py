@@ -19,6 +19,7 @@ from nemo_automodel.components.kernels import tied as tied_module
 from nemo_automodel.components.kernels.add_norm import add_norm, add_norm_reference
 from nemo_automodel.components.kernels.float8 import quantized_reference
 from nemo_automodel.components.kernels.gated import gated, gated_reference
+from nemo_automodel.components.kernels.launch import runs_on
 from nemo_automodel.components.kernels.linear import Gated, Normed, linear
 from nemo_automodel.components.kernels.linear_cross_entropy import (
     IGNORE,
@@ -470,12 +471,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @torch.no_grad()
-def learnt(device: str = "cpu", *, join: bool = False, float8: bool = False, **options: Any) -> float:
-    """How much of an update as small as AdamW's first a layer's output in bf16 shows in the mean: 1 is all of it."""
+def learnt(
+    device: str = "cpu", *, join: bool = False, float8: bool = False, gated: bool = False, **options: Any
+) -> float:
+    """How much of an update as small as AdamW's first a layer's output in bf16 shows in the mean: 1 is all of it.
+
+    ``gated``: the input is one that a kernel makes, with room for what is joined.
+    """
     torch.manual_seed(0)
-    base = linear_module.Linear(512, 768, dtype=BF16, device=device)
+    base = linear_module.Linear(512, 768, dtype=BF16, device=device).requires_grad_(False)
     base.kernels = options.pop("kernels", True)
     nn.init.normal_(base.weight, std=0.02)
+    nn.init.normal_(base.bias)
     layer = LoRALinear(base, "up_proj", {"up_proj": Update(16, 32.0)}, None, **options)
     a, b = layer.lora_A["up_proj"], layer.lora_B["up_proj"]
     nn.init.uniform_(a, -(512**-0.5), 512**-0.5)
@@ -485,10 +492,25 @@ def learnt(device: str = "cpu", *, join: bool = False, float8: bool = False, **o
         layer.quantize()
     elif join:
         layer.join()
-    x = torch.randn(512, 512, device=device).to(BF16)
+    given: Any = torch.randn(512, 1024 if gated else 512, device=device).to(BF16) * (2 if gated else 1)
+    given = Gated(given, "silu") if gated else given
+    assert layer._fuses(given) is (not layer.dora and (float8 or (base.kernels and runs_on(b))))
+    x = linear_module.made(given).double()
     outputs = []
     for value in (0.0, 1e-5):
         b.copy_(torch.randn(b.shape, device=device).sign() * value)
-        outputs.append(layer(x).double())
-    exact = 2.0 * x.double() @ a.double().t() @ b.double().t()
+        outputs.append(layer(given).double())
+    exact = 2.0 * x @ a.double().t() @ b.double().t()
     return (((outputs[1] - outputs[0]) * exact).sum() / exact.square().sum()).item()
+
+
+LEARNT: list[dict[str, bool]] = [
+    {},
+    {"gated": True},
+    {"join": True},
+    {"join": True, "gated": True},
+    {"float8": True},
+    {"float8": True, "gated": True},
+    {"dora": True},
+]
+"""Layers that kernels compute, all or in part."""

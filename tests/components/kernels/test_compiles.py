@@ -49,7 +49,11 @@ PROGRAMS: dict[str, tuple[Any, int, dict[str, Any]]] = {
         gated.TILE[2],
         BACKWARD | {"PAIRED": 16},
     ),
-    "adding a product": (low_rank.add_product_kernel, 4, {"RANK": 64, "ROWS": 64, "BLOCK": 128, "WIDE": False}),
+    "adding a product": (
+        low_rank.add_product_kernel,
+        4,
+        {"RANK": 64, "ROWS": 64, "BLOCK": 128, "WIDE": False, "WITH_BIAS": True},
+    ),
     "adapters together": (low_rank.low_rank_pack_kernel, 4, {"BLOCK": 2048}),
     "adapters apart": (low_rank.low_rank_unpack_kernel, 4, {"WITH_COLUMNS": True, "BLOCK": 2048}),
     "loss": (linear_cross_entropy.cross_entropy_kernel, 32, LOSS | {"IGNORE": -100}),

@@ -15,7 +15,7 @@ from nemo_automodel.components.kernels.linear_cross_entropy import linear_cross_
 from nemo_automodel.components.loss import next_token_loss
 from nemo_automodel.components.models.common import norm
 from nemo_automodel.components.peft import LoRAConfig, LoRALinear, apply_lora, join_adapters, quantize_base
-from tests.components.kernels.cases import learnt
+from tests.components.kernels.cases import LEARNT, learnt
 
 pytestmark = pytest.mark.interpreted
 IDS = torch.arange(14).view(2, 7)
@@ -107,7 +107,7 @@ def test_targets_are_checked_and_what_is_no_number_shows() -> None:
     assert linear_cross_entropy(hidden, weight, torch.arange(5)).isnan()
 
 
-@pytest.mark.parametrize("options", [{}, {"join": True}, {"dora": True}], ids=["apart", "joined", "DoRA"])
+@pytest.mark.parametrize("options", LEARNT, ids=str)
 def test_updates_are_not_lost_in_rounding(options: dict[str, bool]) -> None:
     assert learnt(**options) == pytest.approx(1, abs=0.2)  # 0.06 where they are added to what is rounded
 
@@ -115,10 +115,12 @@ def test_updates_are_not_lost_in_rounding(options: dict[str, bool]) -> None:
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_of_a_sum_that_is_rounded_once(frozen: bool) -> None:
     torch.manual_seed(0)
-    x, weight, left, right = (torch.randn(shape, requires_grad=True) for shape in ((5, 7), (9, 7), (5, 3), (3, 9)))
-    weight.requires_grad_(not frozen)
-    wanted = [tensor for tensor in (x, weight, left, right) if tensor.requires_grad]
-    outputs = mm_and_low_rank(x, weight, None, left, right), x @ weight.t() + left @ right
+    shapes = ((5, 7), (9, 7), (9,), (5, 3), (3, 9))
+    x, weight, bias, left, right = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_(not frozen)
+    wanted = [tensor for tensor in (x, weight, bias, left, right) if tensor.requires_grad]
+    outputs = mm_and_low_rank(x, weight, None, bias, left, right), x @ weight.t() + bias + left @ right
     grad = torch.randn(5, 9)
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(*(torch.autograd.grad(output, wanted, grad) for output in outputs))

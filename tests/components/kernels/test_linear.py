@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from nemo_automodel.components.distributed.parallelize import _keep_costly
 from nemo_automodel.components.kernels import gated as gated_module
 from nemo_automodel.components.kernels import linear as linear_module
 from nemo_automodel.components.kernels.add_norm import add_norm_reference
-from nemo_automodel.components.kernels.float8 import FLOAT8
+from nemo_automodel.components.kernels.float8 import FLOAT8, unrounded
 from nemo_automodel.components.kernels.gated import gated, gated_reference
 from nemo_automodel.components.kernels.launch import runs_on
 from nemo_automodel.components.kernels.linear import Gated, Linear, Normed, Pairs, can_run, linear, takes_gated
@@ -41,6 +42,27 @@ from tests.components.kernels.cases import (
 
 pytestmark = pytest.mark.interpreted
 LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("compute", "cuda", "dtype"),
+    [
+        ((9, 0), "13.0", FP32),
+        ((9, 0), "12.9", FP32),
+        ((9, 0), "12.8", BF16),
+        ((8, 9), "13.0", BF16),
+        ((10, 0), "13.0", BF16),
+    ],
+)
+def test_products_of_float8_are_not_rounded_where_torch_can(
+    compute: tuple[int, int], cuda: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: compute)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    x: Any = SimpleNamespace(is_cuda=True, device=None, dtype=BF16)
+    assert unrounded(x) == dtype
+    assert unrounded(torch.empty(1, dtype=BF16)) == FP32
+
 
 CHANCE = 1.5
 """Ratio of the errors in bf16: some roundings each, in tensors of a few hundred numbers."""

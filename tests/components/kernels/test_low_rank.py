@@ -75,6 +75,17 @@ def test_parameters_of_several_programs_and_none() -> None:
     assert of_b.shape == (0, 3)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rank", [5, 129])
+def test_add_product_to_what_is_not_rounded_yet(rank: int, biased: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(70, 300)
+    left, right, bias = (torch.randn(shape).bfloat16() for shape in ((70, rank), (rank, 300), (300,)))
+    exact = x.double() + left.double() @ right.double() + (bias.double() if biased else 0.0)
+    out = add_product(x, left, right, torch.empty(70, 300, dtype=torch.bfloat16), bias if biased else None)
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-4)  # one rounding, and fp32 sums
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width", "rank"), [(1, 1, 1), (70, 300, 5), (65, 128, 48), (3, 9, 129), (0, 8, 4)])
 def test_add_product(rows: int, width: int, rank: int, dtype: torch.dtype) -> None:

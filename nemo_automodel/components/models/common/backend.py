@@ -37,8 +37,8 @@ class BackendConfig:
             ``"varlen"`` (torch's, for packed documents, without a mask: CUDA, half precision, no cache), ``"flash2"``,
             ``"flash3"``, ``"flash4"`` (FlashAttention's packages), ``"te"`` (Transformer Engine) or ``"eager"``.
             ``"auto"`` is ``"sdpa"`` until who builds the model knows its data: `automodel train`, which has it for a
-            default, takes for packed documents the fastest that runs, Transformer Engine's or varlen. An
-            ``attn_implementation`` given to ``from_pretrained`` decides before this field does.
+            default, takes for packed documents the fastest that runs: FlashAttention 4, Transformer Engine's or varlen.
+            An ``attn_implementation`` given to ``from_pretrained`` decides before this field does.
         linear: what `initialize_linear_module` builds, ``"torch"`` or ``"te"``.
         rms_norm: what `initialize_rms_norm_module` builds: ``"torch"`` (statistics in fp32, one cast at the end),
             ``"torch_fp32"`` (the weight, too, is multiplied in fp32) or ``"te"``.

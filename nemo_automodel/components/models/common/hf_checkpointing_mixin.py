@@ -67,7 +67,7 @@ class HFCheckpointingMixin(_Base):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its states, and of its parameters but those in float8: a pipeline's stage may begin with such a one."""
+        """Of hidden states, and of all parameters but those in float8, with which a pipeline's stage may begin."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.itemsize > 1)
 
     @classmethod
