@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import fp32, jit, power_of_two, rows, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import fp32, jit, operator, power_of_two, rows, runs_on, tl, wrapped
 
 WIDEST = 65536
 """Channels of a row that one program can hold."""
@@ -107,7 +107,7 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-@torch.library.triton_op("nemo_automodel::add_norm_forward", mutates_args={"total", "out", "rstd"})
+@operator("nemo_automodel::add_norm_forward", mutates_args={"total", "out", "rstd"})
 def add_norm_forward(
     x: Tensor,
     branch: Tensor | None,
@@ -129,7 +129,7 @@ def add_norm_forward(
         )  # fmt: skip
 
 
-@torch.library.triton_op("nemo_automodel::add_norm_backward", mutates_args={})
+@operator("nemo_automodel::add_norm_backward", mutates_args={})
 def add_norm_backward(
     grad: Tensor,
     grad_total: Tensor | None,

@@ -9,7 +9,7 @@ rows are scaled, so that no second copy of the weight, scaled the other way, is 
 import torch
 from torch import Tensor
 
-from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import INTERPRETED, jit, operator, power_of_two, runs_on, tl, wrapped
 
 FLOAT8 = torch.float8_e4m3fn
 HIGHEST = 448.0
@@ -97,7 +97,7 @@ def float8_transpose_kernel(X, OUT, m, n, TILE: tl.constexpr):  # type: ignore[n
     tl.store(OUT + cols[:, None] * m + rows[None, :], tl.trans(tile), mask=across)
 
 
-@torch.library.triton_op("nemo_automodel::float8_quantize", mutates_args={})
+@operator("nemo_automodel::float8_quantize", mutates_args={})
 def quantize(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """`quantized` by the kernel."""
     count, n = x.shape
@@ -112,7 +112,7 @@ def quantize(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
-@torch.library.triton_op("nemo_automodel::float8_transpose", mutates_args={})
+@operator("nemo_automodel::float8_transpose", mutates_args={})
 def transpose(weight: Tensor) -> Tensor:
     """`transposed` by the kernel."""
     m, n = weight.shape

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import INTERPRETED, jit, power_of_two, rows, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import (
+    INTERPRETED,
+    jit,
+    operator,
+    power_of_two,
+    rows,
+    runs_on,
+    tl,
+    wrapped,
+)
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 """Those the kernels have, by transformers' names."""
@@ -219,7 +228,7 @@ def _add_product(sums, left, right, WIDE: tl.constexpr):  # type: ignore[no-unty
     return tl.dot(tl.trans(left), right, sums, input_precision="ieee")
 
 
-@torch.library.triton_op("nemo_automodel::gated_forward", mutates_args={"out"})
+@operator("nemo_automodel::gated_forward", mutates_args={"out"})
 def gated_forward(gate_up: Tensor, out: Tensor, activation: int) -> None:
     """`gated` of ``[rows, 2 * width]`` into ``out`` ``[rows, width]``, whose rows may lie apart."""
     count, width = out.shape
@@ -256,7 +265,7 @@ def gated_low_rank_forward(gate_up: Tensor, out: Tensor, activation: int, a: Ten
     return sums.sum(0).to(out.dtype)
 
 
-@torch.library.triton_op("nemo_automodel::gated_backward", mutates_args={"out"})
+@operator("nemo_automodel::gated_backward", mutates_args={"out"})
 def gated_backward(grad: Tensor, gate_up: Tensor, out: Tensor | None, activation: int) -> Tensor:
     """Gradient of ``gate_up`` ``[rows, 2 * width]``, interleaved like it.
 

@@ -15,11 +15,14 @@ if find_spec("triton") is not None:
     import triton.language as tl
 
     jit: Callable[..., Any] = triton.jit
+    operator: Callable[..., Any] = torch.library.triton_op
 else:  # kernels are then defined, never launched: `runs_on` says no, and the PyTorch reference serves
     triton, tl = None, SimpleNamespace(constexpr=None)  # type: ignore[assignment]
 
     def jit(kernel: Any = None, **options: Any) -> Any:
         return kernel if kernel is not None else jit
+
+    operator = torch.library.custom_op  # the other one warns that there is no triton, once for each operator
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

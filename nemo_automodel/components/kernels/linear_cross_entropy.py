@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import fp32, in_fp32, jit, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import fp32, in_fp32, jit, operator, runs_on, tl, wrapped
 
 IGNORE = -100
 """Label of a token that is not to be predicted."""
@@ -229,7 +229,7 @@ def scaled_kernel(X, FACTOR, OUT, n, BLOCK: tl.constexpr):  # type: ignore[no-un
     tl.store(OUT + at, (x * tl.load(FACTOR)).to(OUT.dtype.element_ty), mask=at < n)
 
 
-@torch.library.triton_op("nemo_automodel::cross_entropy_statistics", mutates_args={})
+@operator("nemo_automodel::cross_entropy_statistics", mutates_args={})
 def cross_entropy_statistics(
     logits: Tensor, targets: Tensor, first: int, whole: int, multiplier: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +247,7 @@ def cross_entropy_statistics(
     return maximum, total, at_target
 
 
-@torch.library.triton_op("nemo_automodel::cross_entropy_gradient", mutates_args={"logits"})
+@operator("nemo_automodel::cross_entropy_gradient", mutates_args={"logits"})
 def cross_entropy_gradient(
     logits: Tensor, targets: Tensor, lse: Tensor, first: int, multiplier: float, softcap: float
 ) -> None:
@@ -258,7 +258,7 @@ def cross_entropy_gradient(
     )  # fmt: skip
 
 
-@torch.library.triton_op("nemo_automodel::cross_entropy", mutates_args={"logits"})
+@operator("nemo_automodel::cross_entropy", mutates_args={"logits"})
 def cross_entropy(logits: Tensor, targets: Tensor, multiplier: float, softcap: float) -> Tensor:
     """Loss of each row, fp32; logits become the gradient, as by `cross_entropy_gradient`. Of a whole vocabulary."""
     loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
@@ -269,7 +269,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, multiplier: float, softcap: f
     return loss
 
 
-@torch.library.triton_op("nemo_automodel::scaled", mutates_args={})
+@operator("nemo_automodel::scaled", mutates_args={})
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous ``x`` times an fp32 scalar, rounded once; torch would round the factor to ``x``'s dtype first."""
     out = torch.empty_like(x, dtype=dtype)

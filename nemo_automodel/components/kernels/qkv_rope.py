@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import fp32, jit, power_of_two, runs_on, tl, wrapped
+from nemo_automodel.components.kernels.launch import fp32, jit, operator, power_of_two, runs_on, tl, wrapped
 
 TOKENS, WARPS = 4, 1
 """Tokens per program, of one head of 128 channels or more; of narrower ones more."""
@@ -234,7 +234,7 @@ def _launch(
     return partial
 
 
-@torch.library.triton_op("nemo_automodel::split_and_turn_forward", mutates_args={})
+@operator("nemo_automodel::split_and_turn_forward", mutates_args={})
 def split_and_turn_forward(
     qkv: Tensor,
     cos: Tensor,
@@ -256,7 +256,7 @@ def split_and_turn_forward(
     return q, k, v
 
 
-@torch.library.triton_op("nemo_automodel::split_and_turn_backward", mutates_args={})
+@operator("nemo_automodel::split_and_turn_backward", mutates_args={})
 def split_and_turn_backward(
     grad_q: Tensor,
     grad_k: Tensor,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_automodel.components.kernels.launch import jit, power_of_two, rows, tl, wrapped
+from nemo_automodel.components.kernels.launch import jit, operator, power_of_two, rows, tl, wrapped
 
 BLOCK, AT_ONCE = 512, 8
 """Channels of a program, and rows of the same token that it adds up at a time."""
@@ -57,7 +57,7 @@ def add_rows_kernel(  # type: ignore[no-untyped-def]
         tl.store(there, total.to(OUT.dtype.element_ty), mask=cols < n)
 
 
-@torch.library.triton_op("nemo_automodel::add_rows", mutates_args={"out"})
+@operator("nemo_automodel::add_rows", mutates_args={"out"})
 def add_rows(ids: Tensor, order: Tensor, grad: Tensor, out: Tensor, padding: int) -> None:
     """Row ``order[i]`` of ``grad`` ``[rows, n]`` is added to row ``ids[i]`` of ``out``; always in the same order.
 

@@ -53,7 +53,7 @@ class BackendConfig:
 
     attn: Literal["sdpa", "flex", "varlen", "flash2", "flash3", "flash4", "te", "eager", "auto"] = field(
         default="sdpa",
-        metadata={"help": "attention; auto: for packed documents on CUDA in bfloat16 te or varlen, else sdpa"},
+        metadata={"help": "attention; auto: for packed documents on CUDA in bfloat16 flash4, te or varlen, else sdpa"},
     )
     linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
     rms_norm: Literal["torch", "torch_fp32", "te"] = field(default="torch", metadata={"help": "RMSNorm"})

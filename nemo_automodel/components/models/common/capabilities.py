@@ -463,4 +463,5 @@ def refuse_absent(field: str, value: Any) -> None:
     """
     capability = of_field(field).get(value)
     if capability is not None and (reason := absent(capability)) is not None:
-        raise ImportError(f"backend.{field}={value!r} {reason}, or use {alternatives(capability, Need())}")
+        here = Need(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        raise ImportError(f"backend.{field}={value!r} {reason}, or use {alternatives(capability, here)}")
