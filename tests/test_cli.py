@@ -35,6 +35,13 @@ def test_train_help_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixtu
         assert len(line.split(maxsplit=1)[1]) > 5, line
 
 
+def test_nobody_warns_where_triton_is_not_installed() -> None:
+    code = "import sys; sys.modules['triton'] = None; from nemo_automodel.cli import main; main(['train', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--lora.r" in done.stdout
+
+
 def test_train_generate_and_print_config(
     overrides: Callable[..., list[str]],  # noqa: F811
     tmp_path: Path,
