@@ -36,7 +36,8 @@ def join_ranks(device: torch.device) -> torch.device:
 def fully_shard_layers(model: nn.Module, layer_classes: set[str], mesh: DeviceMesh, cpu_offload: bool = False) -> None:
     """Shard ``model`` over the ranks of ``mesh``, layer by layer; the ranks' gradients are averaged, in fp32 at least.
 
-    Where copies are whole, what is frozen stays outside, and where it is: FSDP would copy it for each use.
+    Where copies are whole, frozen parameters are left as they are, on the device they are on: FSDP would copy each of
+    them before each use.
 
     Args:
         model: on the meta device (its weights are then read shard by shard), or whole on every rank.
