@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from nemo_automodel.components.models.common.capabilities import (
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.decoder import DecoderModel
 from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
-from nemo_automodel.components.models.common.te.engine import why_not_loaded
+from nemo_automodel.components.models.common.te.engine import package
 from nemo_automodel.components.models.common.varlen import VARLEN
 from nemo_automodel.components.peft.lora import LoRALinear
 
@@ -147,9 +148,9 @@ def attention_for_packing(model: "PreTrainedModel", options: "ModelConfig", pack
     layer = next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
     need = replace(layer.need(), device=device, dtype=dtype, backward=True)
     faster: list[str] = []
-    for name, does_not_load in FASTER.items():
+    for name in FASTER:
         attention = ATTENTIONS[name]
-        if (reason := _why_not(attention, need, options, backbone) or does_not_load()) is None:
+        if (reason := _why_not(attention, need, options, backbone) or _does_not_load(name)) is None:
             return attention.implementation, _without_a_mask(faster)
         faster.append(f"{name} ({reason})")
     if (gap := missing(BY_IMPLEMENTATION[VARLEN], need)) is not None:
@@ -178,17 +179,19 @@ def _why_not(capability: Capability, need: Need, options: "ModelConfig", backbon
     return next((words for words, holds in reasons.items() if holds), None)
 
 
-def _why_not_flash4() -> str | None:
-    """Why FlashAttention 4 does not load although it is installed, in words."""
+FASTER: dict[str, Callable[[], Any]] = {
+    "flash4": partial(import_module, "flash_attn.cute"),
+    "te": partial(package, "pytorch"),
+}
+"""Attentions that are faster than varlen for packed documents, the fastest first -> what loads them."""
+
+
+def _does_not_load(name: str) -> str | None:
     try:
-        import_module("flash_attn.cute")
-    except Exception as error:  # it compiles its own language, whose parts are packages of their own
+        FASTER[name]()
+    except Exception as error:  # imports have assertions, libraries whatever they fail at
         return f"does not load: {error}"
     return None
-
-
-FASTER: dict[str, Callable[[], str | None]] = {"flash4": _why_not_flash4, "te": why_not_loaded}
-"""Attentions that are faster than varlen for packed documents, the fastest first -> why they do not load."""
 
 
 def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:

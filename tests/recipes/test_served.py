@@ -188,7 +188,11 @@ def test_packed_documents_are_for_the_fastest_that_runs(
         "flash4 not installed": ("FlashAttention 4",),
     }
     monkeypatch.setattr(Package, "installed", lambda self: self.name not in absent.get(case, ()))
-    loads = {name: lambda: "does not load: libcudnn.so" if case == "broken" else None for name in served.FASTER}
+
+    def broken() -> None:
+        raise AssertionError("libcudnn.so")
+
+    loads = dict.fromkeys(served.FASTER, broken if case == "broken" else lambda: None)
     if case == "flash4 broken":
         loads["flash4"] = served.FASTER["flash4"]
     monkeypatch.setattr(served, "FASTER", loads)

@@ -463,14 +463,6 @@ def test_two_versions_of_cudnn_are_refused(te: None, mapped: Callable[..., None]
         engine.package("pytorch")
 
 
-def test_whatever_its_import_raises_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
-        raise AssertionError("TransformerEngine package version mismatch")
-
-    monkeypatch.setattr(engine, "package", broken)
-    assert engine.why_not_loaded.__wrapped__() == "does not load: TransformerEngine package version mismatch"
-
-
 def test_packing_is_proved_under_tensor_parallelism_too(te: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents share a scale, and each layer has a forward of its own, which stays."""
 

@@ -68,16 +68,6 @@ def package(name: str) -> Any:
     return made
 
 
-@cache
-def why_not_loaded() -> str | None:
-    """Why it cannot be used although it is installed, in words; None: it is there now."""
-    try:
-        package("pytorch")
-    except Exception as error:  # its own import has assertions, its libraries whatever they fail at
-        return f"does not load: {error}"
-    return None
-
-
 def refuse_off_gpu(x: Tensor | None = None) -> None:
     """Raise a ValueError where Transformer Engine does not compute on the device of ``x``; None: anywhere here."""
     if x is None and not torch.cuda.is_available():
