@@ -59,8 +59,8 @@ def different_losses(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Of rows that did the same work, by the loss of every step: fast and wrong is no figure."""
     found, first = [], {}
     for row in rows:
-        rounded = [word in row["words"] for word in ("lora", "float8")]
-        work = (row["model"], row["values"]["rows"], row["values"]["length"], *rounded, data_of(row))
+        asked = [word in row["words"] for word in ("lora", "float8")]
+        work = (row["model"], row["values"]["rows"], row["values"]["length"], *asked, data_of(row))
         reference = first.setdefault(work, row)
         apart = [abs(a / b - 1) for a, b in zip(row["losses"], reference["losses"], strict=False)]
         if not all(each <= ALIKE for each in apart):  # NaN is not

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -148,9 +148,9 @@ def attention_for_packing(model: "PreTrainedModel", options: "ModelConfig", pack
     layer = next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
     need = replace(layer.need(), device=device, dtype=dtype, backward=True)
     faster: list[str] = []
-    for name in FASTER:
+    for name, load in FASTER.items():
         attention = ATTENTIONS[name]
-        if (reason := _why_not(attention, need, options, backbone) or _does_not_load(name)) is None:
+        if (reason := _why_not(attention, need, options, backbone) or _does_not_load(load)) is None:
             return attention.implementation, _without_a_mask(faster)
         faster.append(f"{name} ({reason})")
     if (gap := missing(BY_IMPLEMENTATION[VARLEN], need)) is not None:
@@ -186,9 +186,10 @@ FASTER: dict[str, Callable[[], Any]] = {
 """Attentions that are faster than varlen for packed documents, the fastest first -> what loads them."""
 
 
-def _does_not_load(name: str) -> str | None:
+@cache
+def _does_not_load(load: Callable[[], Any]) -> str | None:
     try:
-        FASTER[name]()
+        load()
     except Exception as error:  # imports have assertions, libraries whatever they fail at
         return f"does not load: {error}"
     return None

@@ -6,6 +6,8 @@ Backward, a weight's scales belong to the columns of the output's gradient: they
 rows are scaled, so that no second copy of the weight, scaled the other way, is needed.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -59,10 +61,13 @@ def unrounded(x: Tensor) -> torch.dtype:
 
     On GPUs cuBLAS alone can: Hopper, CUDA 12.9 or later.
     """
-    if not x.is_cuda:
-        return torch.float32
+    return torch.float32 if not x.is_cuda or _by_cublas(x.device) else x.dtype
+
+
+@cache
+def _by_cublas(device: torch.device) -> bool:
     cuda = tuple(int(n) for n in (torch.version.cuda or "0").split(".")[:2])
-    return torch.float32 if torch.cuda.get_device_capability(x.device)[0] == 9 and cuda >= (12, 9) else x.dtype
+    return torch.cuda.get_device_capability(device)[0] == 9 and cuda >= (12, 9)
 
 
 def transposed(weight: Tensor) -> Tensor:

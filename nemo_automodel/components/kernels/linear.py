@@ -203,13 +203,13 @@ def linear(
     return y  # type: ignore[no-any-return]
 
 
-def can_run(x: "Tensor | Gated", *others: Tensor | None, anywhere: bool = False) -> bool:
+def can_run(x: "Tensor | Gated", *others: Tensor | None, anywhere: bool = False, compiled: bool = False) -> bool:
     """Whether kernels take the input and the ``others``, all of one dtype, outside autocast and compilation.
 
-    ``anywhere``: also where no kernel runs, and the references serve.
+    ``anywhere``: also where no kernel runs, and the references serve. ``compiled``: also while torch.compile traces.
     """
     source = x.gate_up if isinstance(x, Gated) else x
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(source.device.type):
+    if (torch.compiler.is_compiling() and not compiled) or torch.is_autocast_enabled(source.device.type):
         return False
     there = [tensor for tensor in (source, *others) if tensor is not None]
     return (anywhere or runs_on(*there)) and len({tensor.dtype for tensor in there}) == 1

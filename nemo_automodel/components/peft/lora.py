@@ -130,9 +130,7 @@ class LoRALinear(nn.Linear):
     def _added(self, x: Tensor, left: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + left b^T + bias``, rounded once where that can be had."""
         rows, left = x.reshape(-1, x.shape[-1]), left.reshape(-1, left.shape[-1])
-        tensors = (rows, self.weight, left, b, *(() if bias is None else (bias,)))
-        alike = len({tensor.dtype for tensor in tensors}) == 1 and not torch.is_autocast_enabled(x.device.type)
-        if self.kernels and alike and runs_on(*tensors):
+        if self.kernels and can_run(rows, self.weight, bias, left, b, compiled=True):
             y = mm_and_low_rank(rows, self.weight, None, bias, left, b.t())
         else:
             y = torch.addmm(F.linear(left, b).to(x.dtype), rows, self.weight.t())

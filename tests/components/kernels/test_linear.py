@@ -59,7 +59,7 @@ def test_products_of_float8_are_not_rounded_where_torch_can(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: compute)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    x: Any = SimpleNamespace(is_cuda=True, device=None, dtype=BF16)
+    x: Any = SimpleNamespace(is_cuda=True, device=(compute, cuda), dtype=BF16)  # asked once for each device
     assert unrounded(x) == dtype
     assert unrounded(torch.empty(1, dtype=BF16)) == FP32
 
