@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,14 @@ if find_spec("triton") is not None:
     import triton.language as tl
 
     jit: Callable[..., Any] = triton.jit
-    operator: Callable[..., Any] = torch.library.triton_op
+    _registered: Callable[..., Any] = torch.library.triton_op
 else:  # kernels are then defined, never launched: `runs_on` says no, and the PyTorch reference serves
     triton, tl = None, SimpleNamespace(constexpr=None)  # type: ignore[assignment]
 
     def jit(kernel: Any = None, **options: Any) -> Any:
         return kernel if kernel is not None else jit
 
-    operator = torch.library.custom_op  # the other one warns that there is no triton, once for each operator
+    _registered = torch.library.custom_op  # the other one warns that there is no triton, once for each operator
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,9 +57,37 @@ def untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
     )
 
 
+def unwatched() -> bool:
+    """Whether torch only computes: no compiler traces, no mode sees what is called, no gradient will be asked for."""
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.is_grad_enabled())
+
+
+def called_directly(registered: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, called as the operator of torch that it is ``registered`` as only where somebody would see that.
+
+    An operator written in Python takes longer to call than a kernel to launch, and small models wait for the host.
+    What it mutates must be memory of its own caller: called directly, autograd is not told.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments) if unwatched() else registered(*arguments)
+
+    return call
+
+
+def operator(name: str, mutates_args: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that launches kernels as an operator of torch, and call it as `called_directly` does."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        return called_directly(_registered(name, function, mutates_args=mutates_args), function)
+
+    return register
+
+
 def wrapped(kernel: Any) -> Any:
-    """The kernel as `torch.compile` sees it (an interpreted one as it is)."""
-    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    """The kernel as `torch.compile` sees it (an interpreted one, and where nobody looks, as it is)."""
+    return kernel if INTERPRETED or unwatched() else torch.library.wrap_triton(kernel)
 
 
 def rows(tensor: Tensor) -> Tensor:

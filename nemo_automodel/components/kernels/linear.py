@@ -27,7 +27,7 @@ from nemo_automodel.components.kernels.gated import (
     gated_low_rank_backward,
     gated_low_rank_forward,
 )
-from nemo_automodel.components.kernels.launch import in_fp32, rows, runs_on, untouched
+from nemo_automodel.components.kernels.launch import called_directly, in_fp32, rows, runs_on, untouched
 from nemo_automodel.components.kernels.low_rank import add_product
 
 
@@ -342,9 +342,7 @@ BLOCK = 8192
 """Rows whose products are in fp32 at a time."""
 
 
-# named as products are, for selective checkpointing to keep; made by a kernel of ours, it would be computed again
-@torch.library.custom_op("nemo_automodel::mm_and_low_rank", mutates_args=())
-def mm_and_low_rank(
+def _mm_and_low_rank(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor
 ) -> Tensor:
     """``x W^T + bias + left @ right``, rounded once.
@@ -368,7 +366,11 @@ def mm_and_low_rank(
     return out
 
 
-@mm_and_low_rank.register_fake
+# named as products are, for selective checkpointing to keep; made by a kernel of ours, it would be computed again
+_SUM = torch.library.custom_op("nemo_automodel::mm_and_low_rank", _mm_and_low_rank, mutates_args=())
+
+
+@_SUM.register_fake
 def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -391,7 +393,8 @@ def _through_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-mm_and_low_rank.register_autograd(_through_sum, setup_context=_keep)
+_SUM.register_autograd(_through_sum, setup_context=_keep)
+mm_and_low_rank = called_directly(_SUM, _mm_and_low_rank)
 
 
 def _base_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
