@@ -18,7 +18,7 @@ from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.recipes.meshes import stages_of_rank
-from nemo_automodel.recipes.served import attention_for_packing
+from nemo_automodel.recipes.served import attention_for
 from nemo_automodel.recipes.step import compute_stage
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def build_model(
             quantize_base(model)
         elif options.backend.kernels == "auto":
             join_adapters(model)
-    chosen, _ = attention_for_packing(model, options, packing)
+    chosen, _ = attention_for(model, options, packing)
     if chosen is not None:
         model.set_attn_implementation(chosen)
     return model.train()

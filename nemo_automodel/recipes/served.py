@@ -133,34 +133,37 @@ def _home(model: "PreTrainedModel") -> tuple[torch.device, torch.dtype]:
     return weight.device, weight.dtype
 
 
-def attention_for_packing(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> tuple[str | None, str]:
-    """What ``auto`` takes for packed documents, by transformers' name, and why; None: what the model has stays."""
+def attention_for(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> tuple[str | None, str]:
+    """What ``auto`` takes for packed documents or whole rows, by transformers' name, and why.
+
+    None: what the model has stays, which is sdpa wherever that can serve it.
+    """
     backbone: Any = model.base_model
     asked = options.attn_implementation is not None or options.backend.attn != "auto"
+    device, dtype = _home(model)
+    rows = "packed documents without a mask" if packing else "rows are not packed"
     reasons = {
         "asked for": asked,
-        "rows are not packed": not packing,
         OWN_CLASS: not isinstance(backbone, DecoderModel),
+        rows: not packing and compute_of(device) != MEASURED,  # nor would the reasons below tell anything there
     }
     if (reason := next((words for words, holds in reasons.items() if holds), None)) is not None:
         return None, reason
-    device, dtype = _home(model)
     layer = next(each for each in backbone.modules() if isinstance(each, DecoderAttention))
     need = replace(layer.need(), device=device, dtype=dtype, backward=True)
     faster: list[str] = []
-    for name, load in FASTER.items():
+    for name in FASTER[packing]:
         attention = ATTENTIONS[name]
-        if (reason := _why_not(attention, need, options, backbone) or _does_not_load(load)) is None:
-            return attention.implementation, _without_a_mask(faster)
+        if (reason := _why_not(attention, need, options, backbone) or _does_not_load(LOADED_BY[name])) is None:
+            return attention.implementation, f"{rows}; {_than_this(faster)}"
         faster.append(f"{name} ({reason})")
-    if (gap := missing(BY_IMPLEMENTATION[VARLEN], need)) is not None:
+    if packing and (gap := missing(BY_IMPLEMENTATION[VARLEN], need)) is not None:
         return None, f"varlen has no {gap.what}"
-    return VARLEN, _without_a_mask(faster)
+    return VARLEN if packing else None, f"{rows}; {_than_this(faster)}"
 
 
-def _without_a_mask(faster: list[str]) -> str:
-    others = f"faster {'are' if len(faster) > 1 else 'is'} {' and '.join(faster)}" if faster else "the fastest"
-    return f"packed documents without a mask; {others}"
+def _than_this(faster: list[str]) -> str:
+    return f"faster {'are' if len(faster) > 1 else 'is'} {' and '.join(faster)}" if faster else "the fastest"
 
 
 def _why_not(capability: Capability, need: Need, options: "ModelConfig", backbone: "DecoderModel") -> str | None:
@@ -171,6 +174,7 @@ def _why_not(capability: Capability, need: Need, options: "ModelConfig", backbon
         return reason
     reasons = {
         "was measured on Hopper only": need.device is not None and compute_of(need.device) != MEASURED,
+        "may have been built without a softcap": need.softcap is not None and capability.has["softcap"] != "yes",
         "cuts compiled layers in two": options.compile,
         "would be computed again by selective checkpointing": options.gradient_checkpointing == "selective",
         "was not measured where steps are deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -179,11 +183,15 @@ def _why_not(capability: Capability, need: Need, options: "ModelConfig", backbon
     return next((words for words, holds in reasons.items() if holds), None)
 
 
-FASTER: dict[str, Callable[[], Any]] = {
+FASTER = {True: ("flash4", "flash3", "te"), False: ("flash3", "flash4")}
+"""Whether rows are packed -> attentions that are faster there than varlen, or than sdpa, the fastest first."""
+
+LOADED_BY: dict[str, Callable[[], Any]] = {
+    "flash3": partial(import_module, "flash_attn_interface"),
     "flash4": partial(import_module, "flash_attn.cute"),
     "te": partial(package, "pytorch"),
 }
-"""Attentions that are faster than varlen for packed documents, the fastest first -> what loads them."""
+"""What finds out whether those that are installed load."""
 
 
 @cache
@@ -203,7 +211,7 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
         options: what it was built from.
         packing: whether rows hold several documents.
     """
-    _, why = attention_for_packing(model, options, packing)
+    _, why = attention_for(model, options, packing)
     device, dtype = _home(model)
     half = device.type == "cuda" and dtype in HALF
     name = model.config._attn_implementation

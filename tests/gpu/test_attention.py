@@ -178,7 +178,13 @@ def test_no_further_from_float64_than_eager_or_refused(name: str, case: Case) ->
         with pytest.raises(ValueError, match=f"attention '{name}' has no "):
             attend(name, case, inputs)
         pytest.skip(f"refused, as it should be: no {gap.what}")
-    truth, eager, ours = exact(case, inputs), attend("eager", case, inputs), attend(name, case, inputs)
+    try:
+        ours = attend(name, case, inputs)
+    except RuntimeError as refusal:
+        if case.softcap is None or ATTENTIONS[name].has["softcap"] == "yes":
+            raise
+        pytest.skip(f"refused by what was built without it: {refusal}")
+    truth, eager = exact(case, inputs), attend("eager", case, inputs)
     for what, a, b, t in zip(("output", "query", "key", "value"), ours, eager, truth, strict=True):
         # roundings of the same size over 10^5 values, and eager has one more, of its scores
         assert 0 < error(a, t) < 1.15 * error(b, t), what

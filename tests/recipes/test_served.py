@@ -28,7 +28,7 @@ from nemo_automodel.components.models.common.te.float8 import TEFloat8
 from nemo_automodel.components.peft import LoRAConfig, apply_lora, layout_of
 from nemo_automodel.config import load_config
 from nemo_automodel.recipes import building, served
-from nemo_automodel.recipes.served import KERNELS, attention_for_packing, in_one_line
+from nemo_automodel.recipes.served import KERNELS, LOADED_BY, attention_for, in_one_line
 from nemo_automodel.recipes.train import ModelConfig, Run, TrainConfig
 from tests.components.models.test_varlen import runs_anywhere, varlen_reference
 from tests.conftest import tiny
@@ -147,64 +147,96 @@ def test_transformers_own_class_has_one_line() -> None:
 def test_which_attention_auto_takes(
     gpu: None, config_class: Any, options: ModelConfig, packing: bool, reason: str
 ) -> None:
-    assert attention_for_packing(model_of(config_class), options, packing) == (None, reason)
+    assert attention_for(model_of(config_class), options, packing) == (None, reason)
 
 
 WITHOUT = "packed documents without a mask; "
+WHOLE = "rows are not packed; "
 FLASH4 = "flash4 (needs FlashAttention 4, which is not installed: pip install --pre flash-attn-4)"
+WHEEL = "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"
+FLASH3 = f"flash3 (needs FlashAttention 3, which is not installed: {WHEEL})"
 INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
 TE = f"te (needs Transformer Engine, which is not installed: {INSTALL})"
 DTYPES = "has no kernel for float64 on cpu, only for "
 
 
-def both(reason: str) -> str:
-    return f"{WITHOUT}faster are flash4 ({reason}) and te ({reason})"
+def for_all(reason: str, packing: bool = True) -> str:
+    *names, last = (f"{name} ({reason})" for name in served.FASTER[packing])
+    rows = WITHOUT if packing else WHOLE
+    return f"{rows}faster are {' and '.join(names)} and {last}"
+
+
+@pytest.fixture
+def hopper(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which attentions were measured, with all of them installed."""
+    for name in ("te", "flash3", "flash4"):
+        runs_anywhere(monkeypatch, name)
+    monkeypatch.setattr(Package, "installed", lambda self: True)
+    monkeypatch.setattr(served, "LOADED_BY", dict.fromkeys(served.LOADED_BY, lambda: None))
+    monkeypatch.setattr(served, "compute_of", lambda device: (9, 0))
+
+
+def broken() -> None:
+    raise AssertionError("libcudnn.so")
 
 
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
         ("there", ("flash_attention_4", f"{WITHOUT}the fastest")),
-        ("flash4 not installed", ("te", f"{WITHOUT}faster is {FLASH4}")),
-        ("flash4 broken", ("te", f"{WITHOUT}faster is flash4 (does not load: No module named 'flash_attn')")),
-        ("not installed", ("varlen", f"{WITHOUT}faster are {FLASH4} and {TE}")),
-        ("broken", ("varlen", both("does not load: libcudnn.so"))),
-        ("older", ("varlen", both("was measured on Hopper only"))),
-        ("newer", ("varlen", both("was measured on Hopper only"))),
-        ("selective", ("varlen", both("would be computed again by selective checkpointing"))),
-        ("deterministic", ("varlen", both("was not measured where steps are deterministic"))),
-        ("compiled", ("varlen", both("cuts compiled layers in two"))),
-        ("float64", ("varlen", both(f"{DTYPES}bfloat16 and float16 on cuda"))),
+        ("without flash4", ("flash_attention_3", f"{WITHOUT}faster is {FLASH4}")),
+        ("only te", ("te", f"{WITHOUT}faster are {FLASH4} and {FLASH3}")),
+        (
+            "flash4 not there",
+            ("flash_attention_3", f"{WITHOUT}faster is flash4 (does not load: No module named 'flash_attn')"),
+        ),
+        ("not installed", ("varlen", f"{WITHOUT}faster are {FLASH4} and {FLASH3} and {TE}")),
+        ("broken", ("varlen", for_all("does not load: libcudnn.so"))),
+        ("older", ("varlen", for_all("was measured on Hopper only"))),
+        ("newer", ("varlen", for_all("was measured on Hopper only"))),
+        ("selective", ("varlen", for_all("would be computed again by selective checkpointing"))),
+        ("deterministic", ("varlen", for_all("was not measured where steps are deterministic"))),
+        ("compiled", ("varlen", for_all("cuts compiled layers in two"))),
+        ("whole, there", ("flash_attention_3", f"{WHOLE}the fastest")),
+        ("whole, only te", (None, f"{WHOLE}faster are {FLASH3} and {FLASH4}")),
+        ("whole, broken", (None, for_all("does not load: libcudnn.so", packing=False))),
+        ("whole, compiled", (None, for_all("cuts compiled layers in two", packing=False))),
+        ("whole, older", (None, WHOLE.removesuffix("; "))),
     ],
 )
-def test_packed_documents_are_for_the_fastest_that_runs(
-    gpu: None, case: str, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+def test_rows_are_for_the_fastest_that_runs(
+    hopper: None, case: str, expected: tuple[str | None, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if case != "float64":
-        runs_anywhere(monkeypatch, "te")
-        runs_anywhere(monkeypatch, "flash4")
-    absent = {
-        "not installed": ("Transformer Engine", "FlashAttention 4"),
-        "flash4 not installed": ("FlashAttention 4",),
-    }
+    packing, case = not case.startswith("whole, "), case.removeprefix("whole, ")
+    flash = ("FlashAttention 4", "FlashAttention 3")
+    absent = {"not installed": ("Transformer Engine", *flash), "only te": flash, "without flash4": flash[:1]}
     monkeypatch.setattr(Package, "installed", lambda self: self.name not in absent.get(case, ()))
-
-    def broken() -> None:
-        raise AssertionError("libcudnn.so")
-
-    loads = dict.fromkeys(served.FASTER, broken if case == "broken" else lambda: None)
-    if case == "flash4 broken":
-        loads["flash4"] = served.FASTER["flash4"]
-    monkeypatch.setattr(served, "FASTER", loads)
-    compute = {"older": (8, 0), "newer": (10, 0)}.get(case, (9, 0))
-    monkeypatch.setattr(served, "compute_of", lambda device: compute)
+    if case == "broken":
+        monkeypatch.setattr(served, "LOADED_BY", dict.fromkeys(served.LOADED_BY, broken))
+    if case == "flash4 not there":
+        monkeypatch.setitem(served.LOADED_BY, "flash4", LOADED_BY["flash4"])
+    monkeypatch.setattr(served, "compute_of", lambda device: {"older": (8, 0), "newer": (10, 0)}.get(case, (9, 0)))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: case == "deterministic")
     checkpointing = "selective" if case == "selective" else False
     options = ModelConfig(path="x", compile=case == "compiled", gradient_checkpointing=checkpointing)
-    model = model_of(LlamaConfig).double() if case == "float64" else model_of(LlamaConfig)
-    found = attention_for_packing(model, options, True)
+    model = model_of(LlamaConfig)
+    found = attention_for(model, options, packing)
     assert found == expected
-    assert served.served(model, options, True)["attention"] == f"sdpa ({found[1]})"
+    assert served.served(model, options, packing)["attention"] == f"sdpa ({found[1]})"
+
+
+def test_what_the_table_has_not_is_not_taken(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "compute_of", lambda device: (9, 0))
+    only = for_all(f"{DTYPES}bfloat16 and float16 on cuda")
+    assert attention_for(model_of(LlamaConfig).double(), AUTO, True) == ("varlen", only)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_softcap_is_for_what_surely_has_it(hopper: None, packing: bool) -> None:
+    """Builds of FlashAttention 3 may leave it out."""
+    name, why = attention_for(model_of(Gemma2Config), AUTO, packing)
+    assert name == "flash_attention_4"
+    assert ("flash3 (may have been built without a softcap)" in why) is not packing
 
 
 def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
@@ -218,7 +250,7 @@ def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(
     for name, options in {"auto": {}, "sdpa": {"model__backend__attn": "sdpa"}}.items():
         said: list[str] = []
         run = Run(load_config(TrainConfig, None, overrides(name, **packing, **options)), said.append)
-        slower = both("has no kernel for float32 on cpu, only for bfloat16 and float16 on cuda")
+        slower = for_all("has no kernel for float32 on cpu, only for bfloat16 and float16 on cuda")
         chosen = f"varlen ({slower})" if name == "auto" else "sdpa (asked for)"
         assert said[-1] == f"attention: {chosen}; norms, gated MLP, RoPE, loss: torch (no GPU)"
         if name == "auto":

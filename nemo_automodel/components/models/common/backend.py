@@ -37,7 +37,8 @@ class BackendConfig:
             ``"varlen"`` (torch's, for packed documents, without a mask: CUDA, half precision, no cache), ``"flash2"``,
             ``"flash3"``, ``"flash4"`` (FlashAttention's packages), ``"te"`` (Transformer Engine) or ``"eager"``.
             ``"auto"`` is ``"sdpa"`` until who builds the model knows its data: `automodel train`, which has it for a
-            default, takes for packed documents the fastest that runs: FlashAttention 4, Transformer Engine's or varlen.
+            default, takes the fastest that runs: for packed documents FlashAttention 4 or 3, Transformer Engine's or
+            varlen, for whole rows FlashAttention 3 or 4, or sdpa.
             An ``attn_implementation`` given to ``from_pretrained`` decides before this field does.
         linear: what `initialize_linear_module` builds, ``"torch"`` or ``"te"``.
         rms_norm: what `initialize_rms_norm_module` builds: ``"torch"`` (statistics in fp32, one cast at the end),
@@ -53,7 +54,7 @@ class BackendConfig:
 
     attn: Literal["sdpa", "flex", "varlen", "flash2", "flash3", "flash4", "te", "eager", "auto"] = field(
         default="sdpa",
-        metadata={"help": "attention; auto: for packed documents on CUDA in bfloat16 flash4, te or varlen, else sdpa"},
+        metadata={"help": "attention; auto: the fastest that runs: flash4, flash3, te or varlen for packed documents, else sdpa"},
     )
     linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
     rms_norm: Literal["torch", "torch_fp32", "te"] = field(default="torch", metadata={"help": "RMSNorm"})

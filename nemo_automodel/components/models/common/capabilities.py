@@ -265,7 +265,7 @@ TABLE = (
         implementation="flash_attention_3",
         package=FLASH3,
         on={"cuda": On(dtypes=HALF, head_dims=range(8, 257, 8), compute=(9, 0))},
-        has={**_FLASH, "softcap": "yes"},
+        has={**_FLASH, "softcap": "if it was built in"},
     ),
     Capability(
         field="attn",
