@@ -14,11 +14,12 @@ from nemo_automodel.components.distributed.stages import ZERO_BUBBLE
 from nemo_automodel.components.float8_training import check_float8, to_float8
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.capabilities import ATTENTIONS, BY_IMPLEMENTATION, Need, refuse
+from nemo_automodel.components.models.common.graphs import Graphs
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.recipes.meshes import stages_of_rank
-from nemo_automodel.recipes.served import attention_for
+from nemo_automodel.recipes.served import attention_for, graphs_for, no_graphs
 from nemo_automodel.recipes.step import compute_stage
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ def build_model(
         ValueError: the attention that is asked for does not run here, or not with such data and ranks.
     """
     options, several = config.model, mesh.size > 1
+    if device.type == "meta":  # where nothing is launched
+        options = replace(options, cuda_graphs=False)
+    if options.cuda_graphs is True and (reason := no_graphs(options, device, several)) is not None:
+        raise ValueError(f"model.cuda_graphs=true does not go with {reason}: set one of them back")
     dtype = DTYPES.get(options.dtype, auto_dtype(device))
     named = options.attn_implementation  # which decides, also where the table does not know it
     asked = ATTENTIONS.get(options.backend.attn) if named is None else BY_IMPLEMENTATION.get(named)
@@ -146,6 +151,9 @@ def build_model(
     chosen, _ = attention_for(model, options, packing)
     if chosen is not None:
         model.set_attn_implementation(chosen)
+    if graphs_for(model, options, packing, several):
+        backbone: Any = model.base_model
+        backbone.graphs = Graphs(backbone, always=options.cuda_graphs is True)
     return model.train()
 
 

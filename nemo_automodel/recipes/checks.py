@@ -90,6 +90,7 @@ def identity(config: "TrainConfig") -> dict[str, Any]:
         values.pop(name)
     for name in (*_FREE, "hang_timeout"):
         values["train"].pop(name)
+    values["model"].pop("cuda_graphs")
     return values
 
 

@@ -27,9 +27,10 @@ from nemo_automodel.components.models.common.capabilities import (
 )
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.decoder import DecoderModel
+from nemo_automodel.components.models.common.graphs import in_the_way
 from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
 from nemo_automodel.components.models.common.te.engine import package
-from nemo_automodel.components.models.common.varlen import VARLEN
+from nemo_automodel.components.models.common.varlen import VARLEN, takes_bounds
 from nemo_automodel.components.peft.lora import LoRALinear
 
 if TYPE_CHECKING:
@@ -203,6 +204,48 @@ def _does_not_load(load: Callable[[], Any]) -> str | None:
     return None
 
 
+def no_graphs(options: "ModelConfig", device: torch.device, several: bool) -> str | None:
+    """What of a configuration does not go with CUDA graphs, in words; None: nothing.
+
+    Args:
+        options: of the model.
+        device: on which it is trained.
+        several: whether several ranks train it.
+    """
+    backend = options.backend
+    reasons = {
+        f"device {device.type}": device.type != "cuda",
+        "several ranks": several,
+        "model.compile=true": options.compile,
+        "model.cpu_offload=true": options.cpu_offload,
+        f"model.gradient_checkpointing={options.gradient_checkpointing}": options.gradient_checkpointing,
+        f"model.float8={options.float8}": options.float8 != "off",
+        TRANSFORMER_ENGINE: "te" in (backend.attn, backend.linear, backend.rms_norm) or backend.rope_fusion,
+    }
+    return next((words for words, holds in reasons.items() if holds), None)
+
+
+def graphs_for(model: "PreTrainedModel", options: "ModelConfig", packing: bool, several: bool) -> bool:
+    """Whether CUDA graphs may launch the layers of a model that is built.
+
+    Raises:
+        ValueError: they are asked for, and something is in the way.
+    """
+    if options.cuda_graphs is False:
+        return False
+    backbone: Any = model.base_model
+    device, _ = _home(model)
+    reason = no_graphs(options, device, several)
+    if reason is None and not isinstance(backbone, DecoderModel):
+        reason = OWN_CLASS
+    if reason is None and packing and not takes_bounds(name := model.config._attn_implementation):
+        reason = f"packed documents and attention {name!r}, which tells them apart by a mask"
+    reason = reason or in_the_way(backbone)
+    if reason is not None and options.cuda_graphs is True:
+        raise ValueError(f"model.cuda_graphs=true does not go with {reason}: set one of them back")
+    return reason is None
+
+
 def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:
     """Part of the model -> what serves it, and why; parts that the model does not have are left out.
 
@@ -229,6 +272,8 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
         modules = [model.get_output_embeddings()] if title == "loss" else everywhere
         if of_part := [module for module in modules if isinstance(module, part.types)]:
             found[title] = none or _by_kernels(part, of_part)
+    if (graphs := model.base_model.graphs) is not None:
+        found["launches"] = graphs.words
     return found | _by_transformer_engine(model.backend)
 
 

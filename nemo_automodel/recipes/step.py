@@ -48,9 +48,7 @@ def train_step(
     else:
         total = torch.zeros((), device=device)
         for batch in micro_batches:
-            loss = next_token_loss(model, _inputs(model, batch, device, mesh)) / valid
-            (loss * mesh.averaged).backward()
-            total += loss.detach()
+            total += _backward(model, _inputs(model, batch, device, mesh), valid, mesh)
     mark("optimizer")
     norm = optimizer.step(lr)
     return together.add(total) / mesh.tp, norm
@@ -84,6 +82,13 @@ def compute_stage(part: Any, batch: Mapping[str, Any]) -> Tensor:
         return next_token_loss(part, batch)
     hidden: Tensor = part(**{n: v for n, v in batch.items() if n not in ("labels", "targets")}, use_cache=False).logits
     return hidden
+
+
+def _backward(model: nn.Module, inputs: Mapping[str, Any], valid: float, mesh: Mesh) -> Tensor:
+    """The loss of a micro-batch, of which autograd holds nothing afterwards: beside it no CUDA graph could be made."""
+    loss = next_token_loss(model, inputs) / valid
+    (loss * mesh.averaged).backward()
+    return loss.detach()
 
 
 def _inputs(model: nn.Module, batch: dict[str, Tensor], device: torch.device, mesh: Mesh) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What serves each part of a model, as a training says when it begins, and which attention `auto` takes."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,63 @@ def test_a_softcap_is_for_what_surely_has_it(hopper: None, packing: bool) -> Non
     name, why = attention_for(model_of(Gemma2Config), AUTO, packing)
     assert name == "flash_attention_4"
     assert ("flash3 (may have been built without a softcap)" in why) is not packing
+
+
+@pytest.mark.parametrize(
+    ("reason", "options", "of_the_rest"),
+    [
+        (None, {}, {}),
+        (None, {}, {"packing": True, "attention": "varlen"}),
+        ("device cpu", {}, {"device": "cpu"}),
+        ("several ranks", {}, {"several": True}),
+        ("model.compile=true", {"compile": True}, {}),
+        ("model.cpu_offload=true", {"cpu_offload": True}, {}),
+        ("model.gradient_checkpointing=selective", {"gradient_checkpointing": "selective"}, {}),
+        ("model.float8=rowwise", {"float8": "rowwise"}, {}),
+        ("Transformer Engine", {}, {"rope_fusion": True}),
+        ("packed documents and attention 'sdpa', which tells them apart by a mask", {}, {"packing": True}),
+        ("attention 'eager'", {}, {"attention": "eager"}),
+        ("transformers' own class", {}, {"config_class": StableLmConfig}),
+    ],
+)
+def test_what_cuda_graphs_go_with(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, reason: str | None, options: dict[str, Any], of_the_rest: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(Package, "installed", lambda self: True)
+    if of_the_rest.get("rope_fusion"):
+        options = {"backend": BackendConfig(rope_fusion=True)}
+    wants = {"device": "cuda", "several": False, "packing": False, "attention": "sdpa", "config_class": LlamaConfig}
+    wants |= of_the_rest
+    model = model_of(wants["config_class"]).bfloat16()
+    model.config._attn_implementation = wants["attention"]
+    monkeypatch.setattr(served, "_home", lambda model: (torch.device(wants["device"]), torch.bfloat16))
+    for parameter in model.parameters():
+        parameter.__class__ = type("There", (nn.Parameter,), {"device": torch.device(wants["device"])})
+    rest = wants["packing"], wants["several"]
+    assert served.graphs_for(model, ModelConfig(path="x", **options), *rest) is (reason is None)
+    assert not served.graphs_for(model, ModelConfig(path="x", cuda_graphs=False, **options), *rest)
+    asked = ModelConfig(path="x", cuda_graphs=True, **options)
+    if reason is None:
+        assert served.graphs_for(model, asked, *rest)
+    else:
+        with pytest.raises(ValueError, match=f"cuda_graphs=true does not go with {re.escape(reason)}: set one"):
+            served.graphs_for(model, asked, *rest)
+
+
+def test_graphs_that_are_asked_for_and_cannot_be_are_refused_before_weights_are_read(
+    overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NeMoAutoModelForCausalLM, "from_pretrained", None)
+    config = load_config(TrainConfig, None, overrides("run", model__cuda_graphs="true", train__device="cpu"))
+    with pytest.raises(ValueError, match=r"model.cuda_graphs=true does not go with device cpu: set one of them back"):
+        building.build_model(config, None, torch.device("cpu"))
+
+
+def test_who_launches_is_told(gpu: None) -> None:
+    model = model_of(LlamaConfig)
+    assert "launches" not in served.served(model, AUTO, packing=False)
+    model.base_model.graphs = type("", (), {"words": "CUDA graphs"})()
+    assert served.served(model, AUTO, packing=False)["launches"] == "CUDA graphs"
 
 
 def test_a_packed_training_takes_varlen_and_finds_documents_on_the_host(

@@ -54,7 +54,7 @@ class BackendConfig:
 
     attn: Literal["sdpa", "flex", "varlen", "flash2", "flash3", "flash4", "te", "eager", "auto"] = field(
         default="sdpa",
-        metadata={"help": "attention; auto: the fastest that runs: flash4, flash3, te or varlen for packed documents, else sdpa"},
+        metadata={"help": "attention; auto: the fastest that runs, varlen or better for packed documents, else sdpa"},
     )
     linear: Literal["torch", "te"] = field(default="torch", metadata={"help": "linear layers"})
     rms_norm: Literal["torch", "torch_fp32", "te"] = field(default="torch", metadata={"help": "RMSNorm"})

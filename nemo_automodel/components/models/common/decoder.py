@@ -35,6 +35,7 @@ from nemo_automodel.components.models.common.combined_projection.state_dict_adap
 )
 from nemo_automodel.components.models.common.context import SharedSequence
 from nemo_automodel.components.models.common.flex import FLEX, block_masks
+from nemo_automodel.components.models.common.graphs import Graphs
 from nemo_automodel.components.models.common.hf_checkpointing_mixin import HFCheckpointingMixin
 from nemo_automodel.components.models.common.norm import LayerNorm, RMSNorm
 from nemo_automodel.components.models.common.rope import RotaryEmbedding, RotaryEmbeddings, rotary_embedding
@@ -172,9 +173,11 @@ class DecoderModel(DecoderPreTrainedModel):
 
     Attributes:
         context: of ranks that share sequences; positions and masks are then whole, all else is of this rank's part.
+        graphs: which compute instead where they can.
     """
 
     context: SharedSequence | None = None
+    graphs: Graphs | None = None
 
     def __init__(self, config: PreTrainedConfig, spec: DecoderSpec, backend: BackendConfig):
         super().__init__(config)
@@ -252,6 +255,10 @@ class DecoderModel(DecoderPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.graphs is not None and attention_mask is None and past_key_values is None and not use_cache:
+            hidden_states = self.graphs.run(inputs_embeds, position_ids, kwargs)
+            if hidden_states is not None:
+                return BaseModelOutputWithPast(last_hidden_state=hidden_states)
         if position_ids is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             _refuse_packed_with_mask(position_ids, attention_mask)
         if self.context is not None and (use_cache or past_key_values is not None):
@@ -289,6 +296,10 @@ class DecoderModel(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def masks_of_rows(self, inputs_embeds: Tensor) -> dict[str, Any]:
+        """The masks, to be given as ``attention_mask``, of rows that are one document each."""
+        return self._masks(inputs_embeds, None, None, None)
 
     def _only_looks_for_documents(self) -> bool:
         """Whether layers use positions for nothing else: FlashAttention looks, and waits, in each of them."""
