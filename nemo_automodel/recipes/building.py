@@ -14,19 +14,18 @@ from nemo_automodel.components.distributed.stages import ZERO_BUBBLE
 from nemo_automodel.components.float8_training import check_float8, to_float8
 from nemo_automodel.components.models.common.attention import DecoderAttention
 from nemo_automodel.components.models.common.capabilities import ATTENTIONS, BY_IMPLEMENTATION, Need, refuse
-from nemo_automodel.components.models.common.graphs import Graphs
 from nemo_automodel.components.models.common.tp_plan import tp_plan_of
 from nemo_automodel.components.optim import MasterAdamW, OptimConfig
 from nemo_automodel.components.peft import apply_lora, init_adapters, join_adapters, layout_of, quantize_base
 from nemo_automodel.recipes.meshes import stages_of_rank
-from nemo_automodel.recipes.served import attention_for, graphs_for, no_graphs
+from nemo_automodel.recipes.served import attention_for, graphs_for, no_graphs, refuse_graphs
 from nemo_automodel.recipes.step import compute_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nemo_automodel.components.models.common.backend import BackendConfig
-    from nemo_automodel.recipes.train import TrainConfig
+    from nemo_automodel.recipes.train import ModelConfig, TrainConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -89,20 +88,8 @@ def build_model(
         ValueError: the attention that is asked for does not run here, or not with such data and ranks.
     """
     options, several = config.model, mesh.size > 1
-    if device.type == "meta":  # where nothing is launched
-        options = replace(options, cuda_graphs=False)
-    if options.cuda_graphs is True and (reason := no_graphs(options, device, several)) is not None:
-        raise ValueError(f"model.cuda_graphs=true does not go with {reason}: set one of them back")
     dtype = DTYPES.get(options.dtype, auto_dtype(device))
-    named = options.attn_implementation  # which decides, also where the table does not know it
-    asked = ATTENTIONS.get(options.backend.attn) if named is None else BY_IMPLEMENTATION.get(named)
-    refuse(asked, Need(device=device, dtype=dtype, backward=True, packing=packing, tp=mesh.tp, cp=mesh.cp))
-    if config.lora is not None and config.lora.base_dtype == "float8":
-        _check_float8(device)
-    if options.float8 != "off":
-        check_float8(device)
-        if mesh.tp > 1:
-            raise ValueError(f"model.float8={options.float8} does not go with mesh.tp={mesh.tp}; leave it at off")
+    _check(config, device, dtype, packing, mesh)
 
     def prepare(model: Any) -> None:
         for module in model.modules():  # dropout, too, before weights are read
@@ -148,13 +135,33 @@ def build_model(
             quantize_base(model)
         elif options.backend.kernels == "auto":
             join_adapters(model)
+    _choose(model, options, packing, several)
+    return model.train()
+
+
+def _check(config: "TrainConfig", device: torch.device, dtype: torch.dtype, packing: bool, mesh: Mesh) -> None:
+    """Refuse what a configuration asks for, and this device or these ranks do not have, before any weight is read."""
+    options = config.model
+    named = options.attn_implementation  # which decides, also where the table does not know it
+    asked = ATTENTIONS.get(options.backend.attn) if named is None else BY_IMPLEMENTATION.get(named)
+    refuse(asked, Need(device=device, dtype=dtype, backward=True, packing=packing, tp=mesh.tp, cp=mesh.cp))
+    if options.cuda_graphs is True and (reason := no_graphs(options, device, mesh.size > 1)) is not None:
+        refuse_graphs(reason)
+    if config.lora is not None and config.lora.base_dtype == "float8":
+        _check_float8(device)
+    if options.float8 != "off":
+        check_float8(device)
+        if mesh.tp > 1:
+            raise ValueError(f"model.float8={options.float8} does not go with mesh.tp={mesh.tp}; leave it at off")
+
+
+def _choose(model: Any, options: "ModelConfig", packing: bool, several: bool) -> None:
+    """What is left to ``auto``: the attention, and whether CUDA graphs launch the layers."""
     chosen, _ = attention_for(model, options, packing)
     if chosen is not None:
         model.set_attn_implementation(chosen)
-    if graphs_for(model, options, packing, several):
-        backbone: Any = model.base_model
-        backbone.graphs = Graphs(backbone, always=options.cuda_graphs is True)
-    return model.train()
+    if (graphs := graphs_for(model, options, packing, several)) is not None:
+        model.base_model.graphs = graphs
 
 
 def _backend_of(config: "TrainConfig", mesh: Mesh) -> "BackendConfig":

@@ -27,11 +27,13 @@ from nemo_automodel.components.models.common.capabilities import (
 )
 from nemo_automodel.components.models.common.combined_projection.combined_mlp import CombinedGateUpMLP, PlainMLP
 from nemo_automodel.components.models.common.decoder import DecoderModel
-from nemo_automodel.components.models.common.graphs import in_the_way
+from nemo_automodel.components.models.common.graphs import ATTENTIONS as GRAPHED
+from nemo_automodel.components.models.common.graphs import Graphs, host_bound, in_the_way
 from nemo_automodel.components.models.common.norm import NARROW, LayerNorm, RMSNorm
 from nemo_automodel.components.models.common.te.engine import package
 from nemo_automodel.components.models.common.varlen import VARLEN, takes_bounds
 from nemo_automodel.components.peft.lora import LoRALinear
+from nemo_automodel.components.together import Together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 KERNELS = "Triton kernels"
 TRANSFORMER_ENGINE = "Transformer Engine"
+SHORT = 4096
+"""Tokens of a forward pass, which few have fewer than: a model that waits for the host with these mostly does."""
 MEASURED = (9, 0)
 """Compute capability of the GPUs on which attentions were measured beside each other (benchmarks/RESULTS.md)."""
 
@@ -180,6 +184,12 @@ def _why_not(capability: Capability, need: Need, options: "ModelConfig", backbon
         "would be computed again by selective checkpointing": options.gradient_checkpointing == "selective",
         "was not measured where steps are deterministic": torch.are_deterministic_algorithms_enabled(),
         "was not tried where ranks share sequences": backbone.context is not None,
+        "was not tried in CUDA graphs, from which so small a model gains more": (
+            capability.implementation not in GRAPHED
+            and host_bound(backbone) > SHORT
+            and options.cuda_graphs is not False
+            and no_graphs(options, need.device or torch.device("meta"), Together().size > 1) is None
+        ),
     }
     return next((words for words, holds in reasons.items() if holds), None)
 
@@ -214,7 +224,7 @@ def no_graphs(options: "ModelConfig", device: torch.device, several: bool) -> st
     """
     backend = options.backend
     reasons = {
-        f"device {device.type}": device.type != "cuda",
+        f"device {device.type}": device.type not in ("cuda", "meta"),
         "several ranks": several,
         "model.compile=true": options.compile,
         "model.cpu_offload=true": options.cpu_offload,
@@ -225,25 +235,33 @@ def no_graphs(options: "ModelConfig", device: torch.device, several: bool) -> st
     return next((words for words, holds in reasons.items() if holds), None)
 
 
-def graphs_for(model: "PreTrainedModel", options: "ModelConfig", packing: bool, several: bool) -> bool:
-    """Whether CUDA graphs may launch the layers of a model that is built.
+def refuse_graphs(reason: str) -> None:
+    """Raise the error of what does not go with ``model.cuda_graphs=true``."""
+    raise ValueError(f"model.cuda_graphs=true does not go with {reason}: set one of them back")
+
+
+def graphs_for(model: "PreTrainedModel", options: "ModelConfig", packing: bool, several: bool) -> Graphs | None:
+    """The CUDA graphs that may launch the layers of a model that is built; None: none.
 
     Raises:
         ValueError: they are asked for, and something is in the way.
     """
-    if options.cuda_graphs is False:
-        return False
     backbone: Any = model.base_model
     device, _ = _home(model)
+    if options.cuda_graphs is False or device.type == "meta":  # a plan of ranks, who launch nothing
+        return None
     reason = no_graphs(options, device, several)
     if reason is None and not isinstance(backbone, DecoderModel):
         reason = OWN_CLASS
     if reason is None and packing and not takes_bounds(name := model.config._attn_implementation):
         reason = f"packed documents and attention {name!r}, which tells them apart by a mask"
     reason = reason or in_the_way(backbone)
-    if reason is not None and options.cuda_graphs is True:
-        raise ValueError(f"model.cuda_graphs=true does not go with {reason}: set one of them back")
-    return reason is None
+    asked = options.cuda_graphs is True
+    if reason is not None and asked:
+        refuse_graphs(reason)
+    if reason is not None or not (graphs := Graphs(backbone, asked)).shapes:
+        return None
+    return graphs
 
 
 def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:
@@ -273,7 +291,7 @@ def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> d
         if of_part := [module for module in modules if isinstance(module, part.types)]:
             found[title] = none or _by_kernels(part, of_part)
     if (graphs := model.base_model.graphs) is not None:
-        found["launches"] = graphs.words
+        found["launches"] = graphs.description
     return found | _by_transformer_engine(model.backend)
 
 

@@ -42,7 +42,7 @@ from nemo_automodel.recipes.export import export_from, export_trained, save_desc
 from nemo_automodel.recipes.interrupts import Stopped, stop_requests
 from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.progress import Progress
-from nemo_automodel.recipes.served import in_one_line, served
+from nemo_automodel.recipes.served import in_one_line, no_graphs, served
 from nemo_automodel.recipes.step import evaluate, train_step
 from nemo_automodel.recipes.transfer import Numbers
 from nemo_automodel.recipes.watchdog import mark, watched
@@ -468,11 +468,17 @@ class Run:
             packed_length=data.max_length if data.packing else None,
             shuffle=data.shuffle,
             seed=loop.seed,
-            multiple_of=self.mesh.sequence_cut,
+            multiple_of=self._multiple_of(),
             alike=self.mesh.pp > 1,
             rank=self.mesh.data_rank,
             world_size=self.mesh.data,
         )
+
+    def _multiple_of(self) -> int:
+        """Of which rows' lengths are multiples, so that ranks can cut them, and few of them have CUDA graphs."""
+        config, few = self.config.model, 64
+        graphs = config.cuda_graphs is not False and no_graphs(config, self.device, self.mesh.size > 1) is None
+        return few if graphs and not self.config.data.packing else self.mesh.sequence_cut
 
 
 def _silent(line: str) -> None:

@@ -21,6 +21,18 @@ LLAMA: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_parameters": ROPE,
 }
+SMALL: dict[str, Any] = {
+    **LLAMA,
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {**ROPE, "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+}
 TINY: dict[str, Any] = {
     **LLAMA,
     "vocab_size": 512,
@@ -137,6 +149,8 @@ WORKLOADS = {
             length=4096,
             gpu_only=True,
         ),
+        Workload(name="smollm_full", config=SMALL, lora=None, rows=2, length=1024, gpu_only=True),
+        Workload(name="smollm_lora", config=SMALL, lora=16, rows=2, length=1024, gpu_only=True),
         Workload(name="tiny_lora", config=TINY, lora=16, rows=2, length=128),
         Workload(name="tiny_full", config=TINY, lora=None, rows=2, length=128),
         Workload(name="tiny_packed", config=TINY, lora=None, rows=2, length=128, documents=True),
@@ -144,7 +158,8 @@ WORKLOADS = {
 }
 for packed, whole in {"llama8b_packed": "llama8b_lora", "llama1b_packed": "llama1b_full"}.items():
     WORKLOADS[packed] = replace(WORKLOADS[whole], name=packed, documents=True)
-"""By name. The first four are the sizes that dense fine-tuning is measured at; the tiny ones take seconds anywhere."""
+"""By name. The first four are the sizes that dense fine-tuning is measured at; the next two wait for the host, whatever
+the GPU; the tiny ones take seconds anywhere."""
 
 
 def find_workload(

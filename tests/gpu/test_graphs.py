@@ -3,6 +3,8 @@
 Run on a GPU machine with ``pytest -m gpu tests/gpu/test_graphs.py``.
 """
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from nemo_automodel.components.data import collate_packed
 from nemo_automodel.components.data.examples import Example
-from nemo_automodel.components.models.common.graphs import MOST
+from nemo_automodel.components.models.common.capabilities import ATTENTIONS, absent
+from nemo_automodel.components.models.common.graphs import MOST, Graphs
 from nemo_automodel.recipes.bench_variant import Job, bench_config, our_job
 from tests.conftest import tiny
 
@@ -28,7 +31,8 @@ WIDE = {
     "vocab_size": 257,
     "pad_token_id": 0,
 }
-STEPS = 6
+STEPS = 8
+PACKAGES = ("flash2", "flash3", "flash4")
 
 
 class Case(NamedTuple):
@@ -53,6 +57,11 @@ class Case(NamedTuple):
         labels = ids.clone()
         labels[:, : 20 * (number % 2)] = -100
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    @property
+    def replays(self) -> int:
+        """Of a training: forward and backward, of every micro-batch but the first of its shape."""
+        return 2 * (STEPS * (2 if "train.micro_batch_size=2" in self.options else 1) - len(self.lengths))
 
     def example(self, length: int, generator: torch.Generator) -> Example:
         ids = torch.randint(1, 256, (length,), generator=generator)
@@ -81,6 +90,8 @@ CASES = {
     "packed documents": Case(packed=True),
     "three lengths": Case(lengths=(96, 33, 64)),
     "windows": Case(MistralConfig, window=33),
+    **{f"{name}, whole rows": Case(options=(f"backend.attn={name}",)) for name in PACKAGES},
+    **{f"{name}, packed": Case(options=(f"backend.attn={name}",), packed=True) for name in PACKAGES},
     "torch's operations": Case(options=("backend.kernels=torch",)),
     "stochastic rounding": Case(options=("optim.masters=stochastic", "optim.moments=bfloat16")),
 }
@@ -100,13 +111,37 @@ def trained(case: Case, folder: Path, graphs: bool) -> tuple[list[float], dict[s
     return losses, weights, job.model.base_model.graphs
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_training_is_as_without(case: Case, tmp_path: Path) -> None:
+def params() -> Iterator[Any]:
+    """Cases of packages that are not installed say so."""
+    for words, case in CASES.items():
+        name = words.split(",")[0]
+        why = absent(ATTENTIONS[name]) if name in PACKAGES else None
+        yield pytest.param(case, id=words, marks=pytest.mark.skipif(why is not None, reason=f"{name} {why}"))
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each launch of a graph."""
+    found: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(self: Any) -> None:
+        found.append(1)
+        replay(self)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    return found
+
+
+@pytest.mark.parametrize("case", list(params()))
+def test_training_is_as_without(case: Case, tmp_path: Path, replays: list[int]) -> None:
     losses, weights, none = trained(case, tmp_path, graphs=False)
     again, weights_again, _ = trained(case, tmp_path, graphs=False)
+    assert not replays
     ours, our_weights, graphs = trained(case, tmp_path, graphs=True)
     assert none is None
-    assert len(graphs._made) == (len(case.lengths) if not case.packed else 1)
+    assert len(graphs._made) == len(case.lengths)
+    assert len(replays) == case.replays
     assert losses[0] != losses[-1]
     # attention's backward pass adds up in any order: the bound is a few times what two runs without differ by, and
     # far below what one step is worth
@@ -120,34 +155,43 @@ def test_training_is_as_without(case: Case, tmp_path: Path) -> None:
 
 def test_of_many_shapes_the_first_have_graphs(tmp_path: Path) -> None:
     case = Case(lengths=tuple(range(32, 32 + 2 * (MOST + 2), 2)))
-    job = case.job(tmp_path, graphs=True)
-    losses = [float(job.step(case.batch(number))) for number in range(MOST + 2)]
-    without = case.job(tmp_path, graphs=False)
-    assert losses == pytest.approx([float(without.step(case.batch(number))) for number in range(MOST + 2)], rel=5e-3)
+    job, without = case.job(tmp_path, graphs=True), case.job(tmp_path, graphs=False)
+    numbers = range(2 * (MOST + 2))
+    losses = [float(job.step(case.batch(number))) for number in numbers]
+    assert losses == pytest.approx([float(without.step(case.batch(number))) for number in numbers], rel=5e-3)
     assert len(job.model.base_model.graphs._made) == MOST
 
 
-def test_weights_that_moved_are_captured_anew(tmp_path: Path) -> None:
+def twice(backbone: Any, ids: Tensor) -> Tensor:
+    """What the second pass gives, of which there is a graph."""
+    for _ in range(2):
+        hidden = backbone(ids, use_cache=False).last_hidden_state.detach()
+    return hidden
+
+
+def test_weights_that_moved_are_captured_anew(tmp_path: Path, replays: list[int]) -> None:
     case = Case()
     job = case.job(tmp_path, graphs=True)
     backbone, ids = job.model.base_model, case.batch(0)["input_ids"].to(DEVICE)
-    before = backbone(ids, use_cache=False).last_hidden_state.detach().clone()
+    before = twice(backbone, ids).clone()
     weight = backbone.layers[0].self_attn.qkv_proj.weight
     weight.data = torch.zeros_like(weight)
-    after = backbone(ids, use_cache=False).last_hidden_state.detach().clone()
+    after = twice(backbone, ids).clone()
+    assert len(replays) == 1 + 2  # whose shape has been seen
     backbone.graphs = None
     assert torch.equal(after, backbone(ids, use_cache=False).last_hidden_state)
     assert not torch.equal(after, before)
 
 
-def test_another_shape_within_a_step(tmp_path: Path) -> None:
+def test_another_shape_within_a_step(tmp_path: Path, replays: list[int]) -> None:
     """Its graph is made while the gradients of the first one wait to be added up."""
     case, losses = Case(lengths=(96, 64)), []
     for graphs in (False, True):
         job = case.job(tmp_path, graphs)
-        losses.append([float(job.step([case.batch(0), case.batch(1)])) for _ in range(3)])
+        losses.append([float(job.step([case.batch(0), case.batch(1)])) for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], abs=5e-3)
     assert len(job.model.base_model.graphs._made) == 2
+    assert len(replays) == 2 * 2 * 3
 
 
 def test_auto_takes_them_where_the_host_would_be_waited_for(tmp_path: Path) -> None:
@@ -156,8 +200,9 @@ def test_auto_takes_them_where_the_host_would_be_waited_for(tmp_path: Path) -> N
     words = [f"--model.path={tmp_path}", "--model.from_scratch=true", "--train.batch_size=4"]
     job = our_job(bench_config(words, []), DEVICE)
     graphs = job.model.base_model.graphs
-    assert graphs.words.startswith("CUDA graphs for up to ")
+    assert graphs.description.startswith("CUDA graphs for up to ")
     job.step(case.batch(0))
+    job.step(case.batch(1))
     assert len(graphs._made) == 1
     graphs._tokens = 4 * 96 - 1
     graphs._made.clear()
@@ -174,11 +219,26 @@ def test_what_it_does_not_know_is_computed_as_ever(tmp_path: Path) -> None:
     mask[:, :5] = 0
     masked = backbone(ids, attention_mask=mask, use_cache=False).last_hidden_state[:, 5:].detach()
     assert not backbone.graphs._made
-    assert not torch.equal(masked, backbone(ids, use_cache=False).last_hidden_state[:, 5:])
+    assert not torch.equal(masked, twice(backbone, ids)[:, 5:])
     assert len(backbone.graphs._made) == 1
 
 
-def test_gradients_of_two_passes_at_once(tmp_path: Path) -> None:
+def test_a_model_that_waits_for_the_device_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing left behind by a capture that failed: there was none."""
+    case = Case()
+    job = case.job(tmp_path, graphs=True)
+    backbone, norm = job.model.base_model, type(job.model.base_model.norm).forward
+    backbone.graphs = Graphs(backbone)
+    monkeypatch.setattr(type(backbone.norm), "forward", lambda self, x: norm(self, x * (1 if x.sum().item() else 2)))
+    with pytest.warns(UserWarning, match=r"cannot be a CUDA graph.*synchronizing"):
+        losses = [float(job.step(case.batch(number))) for number in range(3)]
+    assert all(map(math.isfinite, losses))
+    assert not torch.cuda.is_current_stream_capturing()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(3, device=DEVICE).isfinite().all()
+
+
+def test_gradients_of_two_passes_at_once(tmp_path: Path, replays: list[int]) -> None:
     """The second must not overwrite what the first one keeps."""
     backbone = Case().job(tmp_path, graphs=True).model.base_model
     weight = backbone.layers[0].self_attn.qkv_proj.weight
@@ -189,6 +249,8 @@ def test_gradients_of_two_passes_at_once(tmp_path: Path) -> None:
         (found,) = torch.autograd.grad(sum(each.float().square().sum() for each in outputs), [weight])
         return found.float().clone()
 
+    gradient(one)
     first, second, both = gradient(one), gradient(other), gradient(one, other)
+    assert len(replays) == 2 * 3  # the second of two at once has none
     assert (first + second - both).norm() < 0.02 * both.norm()  # bf16, three times
     assert (2 * second - both).norm() > 0.1 * both.norm()

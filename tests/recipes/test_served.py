@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,7 @@ def hopper(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
         runs_anywhere(monkeypatch, name)
     monkeypatch.setattr(Package, "installed", lambda self: True)
     monkeypatch.setattr(served, "LOADED_BY", dict.fromkeys(served.LOADED_BY, lambda: None))
+    monkeypatch.setattr(served, "SHORT", 10**9)  # no model here is large
     monkeypatch.setattr(served, "compute_of", lambda device: (9, 0))
 
 
@@ -232,6 +234,19 @@ def test_what_the_table_has_not_is_not_taken(gpu: None, monkeypatch: pytest.Monk
     assert attention_for(model_of(LlamaConfig).double(), AUTO, True) == ("varlen", only)
 
 
+def test_what_graphs_do_not_take_is_for_larger_models(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of its own, that is, where they could be taken."""
+    monkeypatch.setattr(served, "SHORT", 4096)
+    monkeypatch.setattr(served, "_home", lambda model: (torch.device("cuda"), torch.bfloat16))
+    model = model_of(LlamaConfig)
+    reason = "was not tried in CUDA graphs, from which so small a model gains more"
+    assert attention_for(model, AUTO, True) == ("flash_attention_3", f"{WITHOUT}faster is flash4 ({reason})")
+    for options in (ModelConfig(path="x", cuda_graphs=False), ModelConfig(path="x", gradient_checkpointing=True)):
+        assert attention_for(model, options, True)[0] == "flash_attention_4"
+    monkeypatch.setattr(served.Together, "__init__", lambda self: setattr(self, "size", 2))
+    assert attention_for(model, AUTO, True)[0] == "flash_attention_4"
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_softcap_is_for_what_surely_has_it(hopper: None, packing: bool) -> None:
     """Builds of FlashAttention 3 may leave it out."""
@@ -264,18 +279,26 @@ def test_what_cuda_graphs_go_with(
     if of_the_rest.get("rope_fusion"):
         options = {"backend": BackendConfig(rope_fusion=True)}
     wants = {"device": "cuda", "several": False, "packing": False, "attention": "sdpa", "config_class": LlamaConfig}
-    wants |= of_the_rest
+    wants |= {"shapes": 1} | of_the_rest
     model = model_of(wants["config_class"]).bfloat16()
     model.config._attn_implementation = wants["attention"]
     monkeypatch.setattr(served, "_home", lambda model: (torch.device(wants["device"]), torch.bfloat16))
+    monkeypatch.setattr(served, "Graphs", lambda backbone, asked: SimpleNamespace(asked=asked, shapes=wants["shapes"]))
     for parameter in model.parameters():
         parameter.__class__ = type("There", (nn.Parameter,), {"device": torch.device(wants["device"])})
     rest = wants["packing"], wants["several"]
-    assert served.graphs_for(model, ModelConfig(path="x", **options), *rest) is (reason is None)
+    auto = served.graphs_for(model, ModelConfig(path="x", **options), *rest)
+    assert (auto is not None) is (reason is None)
     assert not served.graphs_for(model, ModelConfig(path="x", cuda_graphs=False, **options), *rest)
     asked = ModelConfig(path="x", cuda_graphs=True, **options)
     if reason is None:
-        assert served.graphs_for(model, asked, *rest)
+        assert auto is not None
+        assert not auto.asked
+        graphs = served.graphs_for(model, asked, *rest)
+        assert graphs is not None
+        assert graphs.asked
+        wants["shapes"] = 0  # no room for their gradients
+        assert served.graphs_for(model, ModelConfig(path="x", **options), *rest) is None
     else:
         with pytest.raises(ValueError, match=f"cuda_graphs=true does not go with {re.escape(reason)}: set one"):
             served.graphs_for(model, asked, *rest)
@@ -293,7 +316,7 @@ def test_graphs_that_are_asked_for_and_cannot_be_are_refused_before_weights_are_
 def test_who_launches_is_told(gpu: None) -> None:
     model = model_of(LlamaConfig)
     assert "launches" not in served.served(model, AUTO, packing=False)
-    model.base_model.graphs = type("", (), {"words": "CUDA graphs"})()
+    model.base_model.graphs = SimpleNamespace(description="CUDA graphs")
     assert served.served(model, AUTO, packing=False)["launches"] == "CUDA graphs"
 
 

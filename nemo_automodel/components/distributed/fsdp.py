@@ -19,9 +19,12 @@ def join_ranks(device: torch.device) -> torch.device:
     """Join the other ranks where torchrun (or Slurm, with torchrun's variables) started several.
 
     Returns:
-        The device of this rank: ``cuda:LOCAL_RANK`` for a device ``cuda``, otherwise ``device``.
+        The device of this rank: ``cuda:LOCAL_RANK`` for a device ``cuda``, otherwise ``device``. It is torch's current
+        one from then on.
     """
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -1,11 +1,12 @@
 """Which passes CUDA graphs take, and how they are called; what they compute is tested on a GPU (tests/gpu)."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, LlamaConfig, MistralConfig
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Starcoder2Config
 
 from nemo_automodel import NeMoAutoModelForCausalLM
 from nemo_automodel.components.models.common import graphs
@@ -15,6 +16,7 @@ from tests.components.models.test_varlen import runs_anywhere
 from tests.conftest import tiny, tokens
 
 IDS = tokens(2, 12)
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
 
 class Made:
@@ -23,9 +25,10 @@ class Made:
     def __init__(self) -> None:
         self.samples: list[tuple[Tensor, ...]] = []
         self.calls: list[tuple[Tensor, ...]] = []
+        self.modes: list[str | int] = []
 
     def __call__(self, rows: Any, samples: tuple[Tensor, ...], **options: Any) -> Any:
-        assert options == {"allow_unused_input": True, "pool": "a pool"}
+        assert options == {"num_warmup_iters": 2, "allow_unused_input": True, "pool": "a pool"}
         self.samples.append(samples)
         rows(*samples)  # as it is captured
 
@@ -58,15 +61,26 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", stand_in.modes.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": 10**9}))
     return stand_in
 
 
-def backbone_of(config_class: Any = LlamaConfig, always: bool = True, **changes: Any) -> Any:
+def backbone_of(config_class: Any = LlamaConfig, asked: bool = True, **changes: Any) -> Any:
     torch.manual_seed(0)
     backbone = NeMoAutoModelForCausalLM.from_config(tiny(config_class, **changes)).base_model.train()
-    backbone.graphs = Graphs(backbone, always)
+    backbone.graphs = Graphs(backbone, asked)
     return backbone
+
+
+def twice(backbone: Any, *args: Any, **options: Any) -> Tensor:
+    """What the second pass gives, of which there is a graph, where there can be."""
+    for _ in range(2):
+        hidden = None
+        hidden = backbone(*args, use_cache=False, **options).last_hidden_state
+    return hidden
 
 
 def without(backbone: Any, *args: Any, **options: Any) -> Tensor:
@@ -81,11 +95,12 @@ def test_whole_rows(made: Made, config_class: Any) -> None:
     backbone = backbone_of(config_class, **({"sliding_window": 3} if config_class is MistralConfig else {}))
     for ids in (IDS, IDS.flip(0), IDS[:1], IDS):
         hidden = None
-        hidden = backbone(ids, use_cache=False).last_hidden_state
+        hidden = twice(backbone, ids)
         assert torch.equal(hidden, without(backbone, ids))
         assert hidden.requires_grad
     assert len(made.samples) == 2
-    assert len(made.calls) == 4
+    assert len(made.calls) == 6  # less the first pass of each shape
+    assert made.modes == ["error", 0] * 2
 
 
 def test_packed_rows_have_bounds_of_few_lengths(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +115,7 @@ def test_packed_rows_have_bounds_of_few_lengths(made: Made, monkeypatch: pytest.
     )
     for lengths in ([12], [5, 7], [1] * 12):
         positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
-        backbone(IDS, position_ids=positions, use_cache=False, **Documents.of(positions).as_inputs())
+        twice(backbone, IDS, position_ids=positions, **Documents.of(positions).as_inputs())
         bounds, longest = seen[-1]
         starts = [sum(lengths[:n]) + row * 12 for row in (0, 1) for n in range(len(lengths))]
         assert bounds.tolist() == starts + [24] * (len(bounds) - len(starts))
@@ -110,22 +125,28 @@ def test_packed_rows_have_bounds_of_few_lengths(made: Made, monkeypatch: pytest.
 
 def test_what_they_do_not_know_is_left_to_the_backbone(made: Made) -> None:
     backbone = backbone_of()
-    backbone(IDS, use_cache=True)
-    backbone(IDS, use_cache=False, output_hidden_states=True)
-    backbone(IDS, use_cache=False, attention_mask=torch.ones_like(IDS))
-    backbone(IDS, use_cache=False, position_ids=torch.arange(12)[None])
-    with torch.no_grad():
-        backbone(IDS, use_cache=False)
-    backbone.eval()(IDS, use_cache=False)
+    positions = torch.cat((torch.arange(5), torch.arange(7))).expand(2, -1)
+    for _ in range(2):
+        backbone(IDS, use_cache=True)
+        backbone(IDS, use_cache=False, output_hidden_states=True)
+        backbone(IDS, use_cache=False, attention_mask=torch.ones_like(IDS))
+        backbone(IDS, use_cache=False, position_ids=positions)
+        backbone(IDS, use_cache=False, position_ids=positions, **Documents.of(positions).as_inputs())  # sdpa: a mask
+        with torch.no_grad():
+            backbone(IDS, use_cache=False)
+        backbone.eval()(IDS, use_cache=False)
+        backbone.train().config.output_hidden_states = True
+        assert backbone(IDS, use_cache=False).hidden_states
+        backbone.config.output_hidden_states = False
     assert not made.samples
-    backbone.train()(IDS, use_cache=False)
+    twice(backbone, IDS)
     assert len(made.calls) == 1
 
 
 def test_a_second_pass_before_the_first_ones_backward_is_the_backbones_own(made: Made) -> None:
     """It would overwrite what the first one keeps for its gradients."""
     backbone = backbone_of()
-    loss = backbone(IDS, use_cache=False).last_hidden_state.sum()
+    loss = twice(backbone, IDS).sum()
     backbone(IDS.flip(0), use_cache=False)
     assert len(made.calls) == 1
     loss.backward()
@@ -137,63 +158,92 @@ def test_a_second_pass_before_the_first_ones_backward_is_the_backbones_own(made:
 def test_only_so_many_shapes_have_graphs(made: Made) -> None:
     backbone = backbone_of()
     for length in range(2, 4 + MOST):
-        ours = backbone(IDS[:, :length], use_cache=False).last_hidden_state.detach()
+        ours = twice(backbone, IDS[:, :length]).detach()
         assert torch.equal(ours, without(backbone, IDS[:, :length]))
     assert len(made.samples) == len(made.calls) == MOST
 
 
 def test_for_weights_that_moved_or_froze_they_are_made_anew(made: Made) -> None:
     backbone = backbone_of()
-    backbone(IDS, use_cache=False)
+    twice(backbone, IDS)
     backbone.norm.weight.data = backbone.norm.weight.data.clone()
-    backbone(IDS, use_cache=False)
-    backbone(IDS, use_cache=False)
+    twice(backbone, IDS)
     assert len(made.samples) == 2
-    backbone.norm.weight.requires_grad_(False)
-    backbone(IDS, use_cache=False)
+    backbone.norm.weight = torch.nn.Parameter(backbone.norm.weight.detach().clone())
+    twice(backbone, IDS)
     assert len(made.samples) == 3
+    backbone.norm.weight.requires_grad_(False)
+    twice(backbone, IDS)
+    assert len(made.samples) == 4
 
 
 def test_auto_is_for_few_tokens_and_few_gradients(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     of_a_layer = sum(p.numel() for p in backbone_of().layers.parameters()) / len(backbone_of().layers)
     monkeypatch.setattr(graphs, "HOST_BOUND", 23 * of_a_layer)
-    backbone = backbone_of(always=False)
-    assert backbone.graphs.words == "CUDA graphs for up to 23 tokens at a time"
-    backbone(IDS, use_cache=False)
+    backbone = backbone_of(asked=False)
+    assert backbone.graphs.description == "CUDA graphs for up to 23 tokens at a time"
+    twice(backbone, IDS)
     assert not made.samples
-    backbone(IDS[:, :11], use_cache=False)
+    twice(backbone, IDS[:, :11])
     assert len(made.samples) == 1
     bytes_of_gradients = sum(p.numel() * p.element_size() for p in backbone.parameters())
     few = type("", (), {"total_memory": 25 * bytes_of_gradients})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)
-    backbone = backbone_of(always=False)
+    backbone = backbone_of(asked=False)
     for length in range(2, 7):
-        backbone(IDS[:, :length], use_cache=False)
+        twice(backbone, IDS[:, :length])
     assert len(made.samples) == 1 + 2  # a tenth of the memory has room for the gradients of two
 
 
-def test_what_cannot_be_captured_is_told(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any, **options: Any) -> None:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+def test_a_model_that_waits_for_the_device_goes_without(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is found before anything is captured."""
+    backbone, auto = backbone_of(), backbone_of(asked=False)
 
-    backbone, auto = backbone_of(), backbone_of(always=False)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
-    words = r"cannot be a CUDA graph; model.cuda_graphs=false .*not permitted when stream is capturing"
+    def waits(self: Any, x: Tensor) -> Tensor:
+        if made.modes[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return x
+
+    monkeypatch.setattr(type(backbone.norm), "forward", waits)
+    words = r"cannot be a CUDA graph; model.cuda_graphs=false does without \(called a synchronizing"
     with pytest.raises(ValueError, match=words):
-        backbone(IDS, use_cache=False)
+        twice(backbone, IDS)
     with pytest.warns(UserWarning, match=words):
-        hidden = auto(IDS, use_cache=False).last_hidden_state
+        hidden = twice(auto, IDS)
     assert torch.equal(hidden, without(auto, IDS))
-    auto(IDS, use_cache=False)  # and no more
+    twice(auto, IDS)  # and no more
+    assert made.modes == ["error", 0] * 2
+    assert not made.samples
+
+
+def test_a_capture_that_fails_is_an_error(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Auto as well: torch's stream and allocator stay as they are within one."""
+
+    def fails(error: Exception) -> Any:
+        def fail(*args: Any, **options: Any) -> None:
+            raise error
+
+        return fail
+
+    for asked in (True, False):
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails(RuntimeError("operation not permitted")))
+        with pytest.raises(ValueError, match=r"set model.cuda_graphs=false \(operation not permitted"):
+            twice(backbone_of(asked=asked), IDS)
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails(torch.OutOfMemoryError("no memory")))
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            twice(backbone_of(asked=asked), IDS)
 
 
 @pytest.mark.parametrize(
     ("reason", "config_class", "changes"),
     [
         ("dropout", LlamaConfig, {"attention_dropout": 0.1}),
+        ("dropout", Phi3Config, {"resid_pdrop": 0.1, "pad_token_id": 0}),
+        ("dropout", Starcoder2Config, {"embedding_dropout": 0.1, "residual_dropout": 0.0}),
         ("attention 'eager'", LlamaConfig, {"attn": "eager"}),
         ("attention 'eager'", Gemma2Config, {}),
         ("weights or adapters in float32", LlamaConfig, {"dtype": torch.float32}),
+        ("RoPE of type 'dynamic', which asks how long rows are", LlamaConfig, {"rope_parameters": DYNAMIC}),
         ("nothing that is trained", LlamaConfig, {"trained": False}),
         (None, LlamaConfig, {}),
     ],

@@ -16,8 +16,10 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
     Qwen2Config,
     Qwen2ForCausalLM,
+    masking_utils,
 )
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -296,8 +298,32 @@ def test_flash_attention_gets_positions_only_where_it_must_look(
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", spy)
     _, ours = models("two query heads a key head")
     ours.config._attn_implementation = "flash_attention_2"
-    ours(IDS, use_cache=False)
-    ours(IDS, position_ids=POSITIONS, use_cache=False)
+    with monkeypatch.context() as patch:  # for a mask, once a forward pass: it has none
+        patch.setattr(masking_utils, "find_packed_sequence_indices", None)
+        ours(IDS, use_cache=False)
+        ours(IDS, position_ids=POSITIONS, use_cache=False)
     assert seen == [None] * len(seen)
     ours(IDS, position_ids=POSITIONS, past_key_values=DynamicCache(config=ours.config))
     assert seen[-1] is POSITIONS
+
+
+def test_flash_attention_is_told_of_whole_rows_by_layers_that_use_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With positions and no bounds it would look for documents, in every layer."""
+    seen: list[dict[str, Any]] = []
+
+    def spy(module: Any, q: Tensor, *others: Any, **options: Any) -> Any:
+        seen.append(options)
+        return q.transpose(1, 2), None
+
+    runs_anywhere(monkeypatch, "flash3")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_3", spy)
+    config = tiny(Ministral3Config, sliding_window=None)
+    ours = NeMoAutoModelForCausalLM.from_config(config)
+    ours.config._attn_implementation = "flash_attention_3"
+    ours(IDS, use_cache=False)
+    assert ours.model.spec.rope.query_growth is not None
+    rows, length = IDS.shape
+    for options in seen:
+        assert options["cu_seq_lens_q"].tolist() == list(range(0, (rows + 1) * length, length))
+        assert options["position_ids"] is not None
+    assert seen

@@ -266,8 +266,10 @@ class DecoderModel(DecoderPreTrainedModel):
         spanned = inputs_embeds if self.context is None else self.context.whole_shape(inputs_embeds)
         cached, packed = past_key_values, position_ids
         documents = documents_of_batch(self, spanned, attention_mask, packed, cached is not None, kwargs)
+        looked_for = packed
         if documents is not None and self.config._attn_implementation not in FOR_A_MASK:
             kwargs, documents = kwargs | documents.as_inputs(), None  # the packages' functions take them beside it
+            looked_for = None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -276,7 +278,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
         # transformers looks for packed documents only where it is given no cache; one made just now is empty. Positions
         # made just now have none, and looking would make the host wait for the device
-        masks = self._masks(spanned, attention_mask if documents is None else documents, cached, packed)
+        masks = self._masks(spanned, attention_mask if documents is None else documents, cached, looked_for)
         # of a later pipeline stage, what it is given are hidden states already
         first = not isinstance(self.embed_tokens, Elsewhere)
         hidden_states = self._first_hidden_states(inputs_embeds) if first else inputs_embeds

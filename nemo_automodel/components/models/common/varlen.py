@@ -106,7 +106,9 @@ def documents_of_batch(
         return None  # FlashAttention's own way with padding and caches
     batch, length = inputs_embeds.shape[:2]
     if position_ids is None and given.get("cu_seq_lens_q") is None:
-        return Documents.rows(batch, length, inputs_embeds.device) if implementation in FOR_A_MASK else None
+        # with positions, which some layers use themselves, the packages' way would look for documents in each of them
+        told = implementation in FOR_A_MASK or model.spec.rope.query_growth is not None  # type: ignore[union-attr]
+        return Documents.rows(batch, length, inputs_embeds.device) if told else None
     return _documents(batch, length, position_ids, given)
 
 
