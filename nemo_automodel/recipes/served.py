@@ -45,7 +45,7 @@ TRANSFORMER_ENGINE = "Transformer Engine"
 SHORT = 4096
 """Tokens of a forward pass, which few have fewer than: a model that waits for the host with these mostly does."""
 MEASURED = (9, 0)
-"""Compute capability of the GPUs on which attentions were measured beside each other (benchmarks/RESULTS.md)."""
+"""Compute capability of the GPUs on which what ``auto`` takes was measured (benchmarks/RESULTS.md)."""
 
 Test = Callable[[Any], Any]
 
@@ -259,7 +259,10 @@ def graphs_for(model: "PreTrainedModel", options: "ModelConfig", packing: bool, 
     asked = options.cuda_graphs is True
     if reason is not None and asked:
         refuse_graphs(reason)
-    if reason is not None or not (graphs := Graphs(backbone, asked)).shapes:
+    if reason is not None or not (asked or compute_of(device) == MEASURED):
+        return None
+    graphs = Graphs(backbone, asked)
+    if not graphs.shapes:
         return None
     return graphs
 

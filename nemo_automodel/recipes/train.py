@@ -42,13 +42,18 @@ from nemo_automodel.recipes.export import export_from, export_trained, save_desc
 from nemo_automodel.recipes.interrupts import Stopped, stop_requests
 from nemo_automodel.recipes.meshes import build_mesh
 from nemo_automodel.recipes.progress import Progress
-from nemo_automodel.recipes.served import in_one_line, no_graphs, served
+from nemo_automodel.recipes.served import in_one_line, served
 from nemo_automodel.recipes.step import evaluate, train_step
 from nemo_automodel.recipes.transfer import Numbers
 from nemo_automodel.recipes.watchdog import mark, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from nemo_automodel.components.models.common.graphs import Graphs
+
+ROUND = 64
+"""Tokens of which lengths are multiples where few of them are wanted."""
 
 
 @dataclass(kw_only=True)
@@ -284,14 +289,14 @@ class Run:
         self.parts = list(parts.values())
         self.model = self.parts[0]
         check_lengths(self._longest, self.model.config)
+        self._let_lengths_recur()
         for part in self.parts if config.data.packing else ():
             check_packing(part, self.device, self.mesh)
         torch.manual_seed(self._dropout_seed())
         self.trained = self.model if self.mesh.pp == 1 else build_pipeline(parts, config, self.mesh)
         self.optimizer = build_optimizer(self.trained, config.optim, config.train.seed, self.mesh)
-        self.done, self.loss = 0, float("nan")
+        self.done, self._validated_at, self.loss = 0, 0, float("nan")
         self.val_loss: float | None = None
-        self._validated_at = 0
         if resumed:
             self._resume(resumed)
         self.say(_description(self.parts, config, self.device, self.mesh, self.total_steps))
@@ -468,17 +473,22 @@ class Run:
             packed_length=data.max_length if data.packing else None,
             shuffle=data.shuffle,
             seed=loop.seed,
-            multiple_of=self._multiple_of(),
+            multiple_of=self.mesh.sequence_cut,
             alike=self.mesh.pp > 1,
             rank=self.mesh.data_rank,
             world_size=self.mesh.data,
         )
 
-    def _multiple_of(self) -> int:
-        """Of which rows' lengths are multiples, so that ranks can cut them, and few of them have CUDA graphs."""
-        config, few = self.config.model, 64
-        graphs = config.cuda_graphs is not False and no_graphs(config, self.device, self.mesh.size > 1) is None
-        return few if graphs and not self.config.data.packing else self.mesh.sequence_cut
+    def _let_lengths_recur(self) -> None:
+        """Round them up, where each then has a CUDA graph: rows of all lengths would have few."""
+        graphs: Graphs | None = getattr(self.model.base_model, "graphs", None)
+        if graphs is None or self.config.data.packing:
+            return
+        longest = -(-self._longest // ROUND) * ROUND
+        rows = self.config.train.micro_batch_size or self.config.train.batch_size
+        limit = getattr(self.model.config, "max_position_embeddings", None) or longest
+        if rows * longest <= graphs.tokens and longest <= limit:
+            self.stream.multiple_of = ROUND
 
 
 def _silent(line: str) -> None:

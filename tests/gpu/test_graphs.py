@@ -147,7 +147,6 @@ def test_training_is_as_without(case: Case, tmp_path: Path, replays: list[int]) 
     # far below what one step is worth
     apart = max(abs(a - b) for a, b in zip(losses, again, strict=True))
     assert ours == pytest.approx(losses, abs=4 * apart + 2e-3)
-    assert ours[0] == pytest.approx(losses[0], rel=1e-6)
     for name, weight in weights.items():
         noise = (weight - weights_again[name]).norm() / weight.norm()
         assert (weight - our_weights[name]).norm() / weight.norm() <= 4 * noise + 5e-3, name
@@ -204,7 +203,7 @@ def test_auto_takes_them_where_the_host_would_be_waited_for(tmp_path: Path) -> N
     job.step(case.batch(0))
     job.step(case.batch(1))
     assert len(graphs._made) == 1
-    graphs._tokens = 4 * 96 - 1
+    graphs.tokens = 4 * 96 - 1
     graphs._made.clear()
     job.step(case.batch(0))
     assert not graphs._made

@@ -8,6 +8,7 @@ import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,6 +224,31 @@ def test_an_attention_that_mixes_packed_documents_is_refused(
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "opt")
     with pytest.raises(ValueError, match=r"data\.packing=true: with OPTForCausalLM .* see each other"):
         run(overrides(model__path=tmp_path / "opt", data__packing="true", data__max_length=128))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "packing", "rounded"),
+    [
+        (4 * 128, 128, False, True),
+        (4 * 128 - 1, 128, False, False),  # the longest rows have no graph
+        (4 * 128, 127, False, False),
+        (4 * 128, None, False, True),
+        (4 * 128, 128, True, False),
+        (None, 128, False, False),  # no graphs
+    ],
+)
+def test_lengths_are_rounded_up_where_each_then_has_a_cuda_graph(
+    overrides: Overrides, tokens: int | None, positions: int | None, packing: bool, rounded: bool
+) -> None:
+    sizes = {"train__batch_size": 8, "train__micro_batch_size": 4, "data__packing": str(packing).lower()}
+    config = load_config(TrainConfig, None, overrides("run", **sizes))
+    graphs = None if tokens is None else SimpleNamespace(tokens=tokens)
+    model = SimpleNamespace(
+        base_model=SimpleNamespace(graphs=graphs), config=SimpleNamespace(max_position_embeddings=positions)
+    )
+    run: Any = SimpleNamespace(config=config, model=model, stream=SimpleNamespace(multiple_of=1), _longest=65)
+    recipe.Run._let_lengths_recur(run)
+    assert run.stream.multiple_of == (64 if rounded else 1)
 
 
 def test_examples_longer_than_the_models_positions_are_refused(overrides: Overrides, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ class BatchStream:
         seed: of the random order.
         rank, world_size: which of how many data-parallel shares of each batch to return.
 
+    Attributes:
+        multiple_of: as said; another one is for the batches to come.
+
     Raises:
         ValueError: a size is not positive, `examples` is empty, an example is longer than `packed_length`, or that is
             no multiple of `multiple_of`.
@@ -64,7 +67,7 @@ class BatchStream:
         if packed_length is not None and packed_length % multiple_of:
             raise ValueError(f"packed_length {packed_length} must be a multiple of {multiple_of}")
         self._examples, self._batch_size, self._micro_batch_size = examples, batch_size, micro_batch_size
-        self._pad_token_id, self._packed_length, self._multiple_of = pad_token_id, packed_length, multiple_of
+        self._pad_token_id, self._packed_length, self.multiple_of = pad_token_id, packed_length, multiple_of
         self._rank, self._world_size = rank, world_size
         self._shortest, self._share = 1, 0
         if alike:
@@ -163,7 +166,7 @@ class BatchStream:
     def _collate(self, rows: list[list[Example]]) -> Batch:
         if self._packed_length is not None:
             return collate_packed(rows, self._packed_length, self._pad_token_id)
-        return collate([example for [example] in rows], self._pad_token_id, self._multiple_of, self._shortest)
+        return collate([example for [example] in rows], self._pad_token_id, self.multiple_of, self._shortest)
 
 
 def micro_batches(batch_size: int, micro_batch_size: int, world_size: int) -> int:

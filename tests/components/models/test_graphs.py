@@ -26,6 +26,8 @@ class Made:
         self.samples: list[tuple[Tensor, ...]] = []
         self.calls: list[tuple[Tensor, ...]] = []
         self.modes: list[str | int] = []
+        self.allocated = [0] * 100
+        """Bytes, as they are asked for."""
 
     def __call__(self, rows: Any, samples: tuple[Tensor, ...], **options: Any) -> Any:
         assert options == {"num_warmup_iters": 2, "allow_unused_input": True, "pool": "a pool"}
@@ -62,6 +64,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: stand_in.allocated.pop(0))
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", stand_in.modes.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": 10**9}))
@@ -193,6 +196,30 @@ def test_auto_is_for_few_tokens_and_few_gradients(made: Made, monkeypatch: pytes
     for length in range(2, 7):
         twice(backbone, IDS[:, :length])
     assert len(made.samples) == 1 + 2  # a tenth of the memory has room for the gradients of two
+
+
+def test_auto_leaves_alone_what_keeps_much(made: Made) -> None:
+    """Its memory would be a graph's for good."""
+    share = 10**9 // 10
+    for asked, kept, made_of_it in ((False, share + 1, 0), (False, share, 1), (True, share + 1, 1)):
+        made.samples.clear()
+        made.allocated = [5, 5 + kept]
+        backbone = backbone_of(asked=asked)
+        twice(backbone, IDS)
+        twice(backbone, IDS)  # and does not try once more
+        assert len(made.samples) == made_of_it
+        assert not made.allocated
+
+
+def test_no_memory_to_try_is_as_without(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.autograd, "grad", fails)
+    with pytest.warns(UserWarning, match="no memory"):
+        twice(backbone_of(asked=False), IDS)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        twice(backbone_of(), IDS)
 
 
 def test_a_model_that_waits_for_the_device_goes_without(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ The host needs some milliseconds to launch the kernels of a layer, whatever its 
 run shorter than that, and the GPU waits. Embeddings, head and loss stay outside, whose shapes differ between batches.
 """
 
+import gc
 import math
 import warnings
 import weakref
@@ -27,7 +28,8 @@ HOST_BOUND = 2e11
 """Parameters of a layer times tokens, below which a GPU is done with it before the host is (6 FLOP each; an H200)."""
 
 MOST, SHARE = 8, 0.1
-"""Shapes that have graphs, the first that recur, and the share of the GPU's memory for gradients, which each holds."""
+"""Shapes that have graphs, the first that recur; and the share of the GPU's memory for gradients, which each holds, and
+for the activations of the largest."""
 
 FEWEST_BOUNDS = 16
 
@@ -42,21 +44,24 @@ class Graphs:
 
     Args:
         backbone: in which nothing is in the way (`in_the_way`), and whose modules stay.
-        asked: also where the GPU is busy for longer than the host; a model that waits for it is an error then, else a
-            warning.
+        asked: also where the GPU is busy for longer than the host, or memory is short; a model that waits for the
+            device is an error then, else a warning.
 
     Attributes:
         shapes: how many may have a graph.
+        tokens: up to how many a forward pass may have.
     """
 
     def __init__(self, backbone: "DecoderModel", asked: bool = False):
         self._backbone, self._asked = backbone, asked
         trained = sum(p.numel() * p.element_size() for p in backbone.parameters() if p.requires_grad)
         memory = torch.cuda.get_device_properties(next(backbone.parameters()).device).total_memory
-        self.shapes = MOST if asked else min(MOST, int(SHARE * memory / max(1, trained)))
-        self._tokens = math.inf if asked else host_bound(backbone)
+        self._memory = math.inf if asked else SHARE * memory
+        self.shapes = MOST if asked else min(MOST, int(self._memory / max(1, trained)))
+        self.tokens = math.inf if asked else host_bound(backbone)
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[tuple[Any, ...]] = set()
+        self._large: set[tuple[Any, ...]] = set()
         self._made: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self._captured: list[tuple[dict[str, Any], str]] = []
         self._addresses: tuple[Any, ...] = ()
@@ -67,7 +72,7 @@ class Graphs:
     @property
     def description(self) -> str:
         """For which passes they are."""
-        return "CUDA graphs" if self._asked else f"CUDA graphs for up to {self._tokens:,.0f} tokens at a time"
+        return "CUDA graphs" if self._asked else f"CUDA graphs for up to {self.tokens:,.0f} tokens at a time"
 
     def run(self, inputs_embeds: Tensor, position_ids: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
         """Hidden states ``[B, S, hidden]`` after the final norm; None where no graph serves.
@@ -89,7 +94,7 @@ class Graphs:
         if not (free and known and trains) or packed != (position_ids is not None) or packed != (bounds is not None):
             return None
         if self._addresses != self._now():  # weights were moved, exchanged or frozen
-            self._made.clear()
+            self._forget()
         batch, length = inputs_embeds.shape[:2]
         inputs = [inputs_embeds]
         if bounds is not None and position_ids is not None:
@@ -100,10 +105,11 @@ class Graphs:
         if key not in self._made:
             again = key in self._seen
             self._seen.add(key)
-            if not again or len(self._made) >= self.shapes or batch * length > self._tokens:
+            if not again or key in self._large or len(self._made) >= self.shapes or batch * length > self.tokens:
                 return None
             made = self._make(inputs)
             if made is None:
+                self._large.add(key)
                 return None
             self._made[key] = made
         hidden = self._made[key](*inputs)
@@ -117,12 +123,8 @@ class Graphs:
         rows = _Rows(self._backbone, self._backbone.masks_of_rows(samples[0]) if sdpa else None)
         self._capturing = True
         try:
-            if (reason := _waits(rows, samples)) is not None:
-                words = f"this model cannot be a CUDA graph; model.cuda_graphs=false does without ({reason})"
-                if self._asked:
-                    raise ValueError(words)
-                warnings.warn(words, stacklevel=2)
-                self.shapes = 0
+            kept = self._tried(rows, samples)
+            if kept is None or kept > self._memory:
                 return None
             with torch.cuda.device(samples[0].device):
                 made: Callable[..., Tensor] = torch.cuda.make_graphed_callables(  # type: ignore[assignment, call-overload]
@@ -145,6 +147,34 @@ class Graphs:
         ]
         self._addresses = self._now()
         return made
+
+    def _tried(self, rows: "_Rows", samples: Sequence[Tensor]) -> int | None:
+        """Bytes that a forward pass keeps; None: it asks the device for something, or there is no memory."""
+        trained = [each for each in (*samples, *rows.parameters()) if each.requires_grad]
+        before, mode = torch.cuda.memory_allocated(samples[0].device), torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output = rows(*samples)
+            kept = torch.cuda.memory_allocated(samples[0].device) - before
+            torch.autograd.grad(output, trained, torch.zeros_like(output), allow_unused=True)
+            del output
+        except RuntimeError as error:
+            words = f"this model cannot be a CUDA graph; model.cuda_graphs=false does without ({error})"
+            if self._asked:
+                raise error if isinstance(error, torch.OutOfMemoryError) else ValueError(words) from error
+            warnings.warn(words, stacklevel=2)
+            self.shapes = 0
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            rows.let_go()
+        return kept
+
+    def _forget(self) -> None:
+        """All graphs, and the memory that they share: torch ties each to itself."""
+        self._made.clear()
+        gc.collect()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _now(self) -> tuple[Any, ...]:
         """Where what was captured lies, and what is trained."""
@@ -175,25 +205,6 @@ class _Rows(nn.Module):
         output, self._output = self._output, None
         if output is not None and not output._is_view():
             output.detach_()
-
-
-def _waits(rows: _Rows, samples: Sequence[Tensor]) -> str | None:
-    """How the model asks the device for something on the way, which cannot be captured; None: it does not."""
-    trained = [each for each in (*samples, *rows.parameters()) if each.requires_grad]
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        output = rows(*samples)
-        torch.autograd.grad(output, trained, torch.zeros_like(output), allow_unused=True)
-        del output
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-        rows.let_go()
-    return None
 
 
 def host_bound(backbone: "DecoderModel") -> float:
