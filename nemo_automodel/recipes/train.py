@@ -74,7 +74,7 @@ class ModelConfig:
     )
     compile: bool = arg(False, "compile each layer (torch.compile); the first steps take minutes longer")
     cuda_graphs: Literal["auto", True, False] = arg(
-        "auto", "launch a forward and backward pass as a whole; auto: on one GPU, where it would wait for the host"
+        "auto", "launch a forward and backward pass as a whole; auto: on one GPU (Hopper) that would wait for the host"
     )
     cpu_offload: bool = arg(False, "keep parameters and the optimizer in host memory (FSDP2): slow, for a small GPU")
     trust_remote_code: bool = arg(False, "run Python code that comes with the checkpoint")
