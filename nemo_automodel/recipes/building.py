@@ -24,9 +24,13 @@ from nemo_automodel.recipes.step import compute_stage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nemo_automodel.components.data import BatchStream
     from nemo_automodel.components.models.common.backend import BackendConfig
+    from nemo_automodel.components.models.common.graphs import Graphs
     from nemo_automodel.recipes.train import ModelConfig, TrainConfig
 
+ROUND = 64
+"""Tokens of which lengths are multiples where few of them are wanted."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -162,6 +166,25 @@ def _choose(model: Any, options: "ModelConfig", packing: bool, several: bool) ->
         model.set_attn_implementation(chosen)
     if (graphs := graphs_for(model, options, packing, several)) is not None:
         model.base_model.graphs = graphs
+
+
+def let_lengths_recur(model: Any, stream: "BatchStream", config: "TrainConfig", longest: int) -> None:
+    """Round the lengths of padded rows up, where each then has a CUDA graph: rows of all lengths would have few.
+
+    Args:
+        model: built.
+        stream: of the rows to train on, of which the longest has ``longest`` tokens.
+        config: of the training.
+        longest: as said.
+    """
+    graphs: Graphs | None = getattr(model.base_model, "graphs", None)
+    if graphs is None or config.data.packing:
+        return
+    rounded = -(-longest // ROUND) * ROUND
+    rows = config.train.micro_batch_size or config.train.batch_size
+    limit = getattr(model.config, "max_position_embeddings", None) or rounded
+    if rows * rounded <= graphs.tokens and rounded <= limit:
+        stream.multiple_of = ROUND
 
 
 def _backend_of(config: "TrainConfig", mesh: Mesh) -> "BackendConfig":

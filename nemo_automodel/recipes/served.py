@@ -262,9 +262,7 @@ def graphs_for(model: "PreTrainedModel", options: "ModelConfig", packing: bool, 
     if reason is not None or not (asked or compute_of(device) == MEASURED):
         return None
     graphs = Graphs(backbone, asked)
-    if not graphs.shapes:
-        return None
-    return graphs
+    return graphs if graphs.shapes else None
 
 
 def served(model: "PreTrainedModel", options: "ModelConfig", packing: bool) -> dict[str, str]:

@@ -27,7 +27,13 @@ from nemo_automodel.components.optim import OptimConfig
 from nemo_automodel.components.peft import LoRAConfig
 from nemo_automodel.components.together import Together
 from nemo_automodel.config import arg, dump_config, required
-from nemo_automodel.recipes.building import build_optimizer, build_parts, build_pipeline, pick_device
+from nemo_automodel.recipes.building import (
+    build_optimizer,
+    build_parts,
+    build_pipeline,
+    let_lengths_recur,
+    pick_device,
+)
 from nemo_automodel.recipes.checks import (
     FORMAT,
     blame,
@@ -49,11 +55,6 @@ from nemo_automodel.recipes.watchdog import mark, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from nemo_automodel.components.models.common.graphs import Graphs
-
-ROUND = 64
-"""Tokens of which lengths are multiples where few of them are wanted."""
 
 
 @dataclass(kw_only=True)
@@ -289,7 +290,7 @@ class Run:
         self.parts = list(parts.values())
         self.model = self.parts[0]
         check_lengths(self._longest, self.model.config)
-        self._let_lengths_recur()
+        let_lengths_recur(self.model, self.stream, config, self._longest)
         for part in self.parts if config.data.packing else ():
             check_packing(part, self.device, self.mesh)
         torch.manual_seed(self._dropout_seed())
@@ -478,17 +479,6 @@ class Run:
             rank=self.mesh.data_rank,
             world_size=self.mesh.data,
         )
-
-    def _let_lengths_recur(self) -> None:
-        """Round them up, where each then has a CUDA graph: rows of all lengths would have few."""
-        graphs: Graphs | None = getattr(self.model.base_model, "graphs", None)
-        if graphs is None or self.config.data.packing:
-            return
-        longest = -(-self._longest // ROUND) * ROUND
-        rows = self.config.train.micro_batch_size or self.config.train.batch_size
-        limit = getattr(self.model.config, "max_position_embeddings", None) or longest
-        if rows * longest <= graphs.tokens and longest <= limit:
-            self.stream.multiple_of = ROUND
 
 
 def _silent(line: str) -> None:

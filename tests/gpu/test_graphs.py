@@ -32,7 +32,8 @@ WIDE = {
     "pad_token_id": 0,
 }
 STEPS = 8
-PACKAGES = ("flash2", "flash3", "flash4")
+PACKAGES = ("flash2", "flash3")
+"""Of FlashAttention; with version 4 graphs are refused."""
 
 
 class Case(NamedTuple):

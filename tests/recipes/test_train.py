@@ -246,9 +246,9 @@ def test_lengths_are_rounded_up_where_each_then_has_a_cuda_graph(
     model = SimpleNamespace(
         base_model=SimpleNamespace(graphs=graphs), config=SimpleNamespace(max_position_embeddings=positions)
     )
-    run: Any = SimpleNamespace(config=config, model=model, stream=SimpleNamespace(multiple_of=1), _longest=65)
-    recipe.Run._let_lengths_recur(run)
-    assert run.stream.multiple_of == (64 if rounded else 1)
+    stream: Any = SimpleNamespace(multiple_of=1)
+    building.let_lengths_recur(model, stream, config, longest=65)
+    assert stream.multiple_of == (64 if rounded else 1)
 
 
 def test_examples_longer_than_the_models_positions_are_refused(overrides: Overrides, tmp_path: Path) -> None:
